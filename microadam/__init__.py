@@ -1,0 +1,11 @@
+"""MicroAdam: an Adam variant whose optimizer state takes about 0.96 bytes a parameter instead of 8.
+
+Modoranu et al., "MicroAdam: Accurate Adaptive Optimization with Low Space Overhead and Provable
+Convergence", NeurIPS 2024, arXiv:2405.15593.
+"""
+
+from microadam.layout import BlockLayout
+from microadam.optimizer import MicroAdam
+
+__all__ = ["BlockLayout", "MicroAdam", "__version__"]
+__version__ = "0.1.0"

@@ -1,0 +1,108 @@
+"""How the elements of one parameter fall into top-k blocks and quantization buckets.
+
+Every shape, dtype and byte count of the optimizer state is decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+
+MAX_BLOCK_SIZE = 32_768  # an index inside a block must fit int16
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive blocks of one length: all full blocks of a parameter, or its shorter last one."""
+
+    first_block: int
+    num_blocks: int
+    length: int  # elements a block
+    k: int  # elements kept a block
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The block and bucket geometry of a parameter with ``numel`` elements.
+
+    The elements, in the parameter's own storage order, form consecutive *blocks* of
+    ``block_size``; Top-K works inside a block. Each block is made of *buckets* of ``bucket_size``
+    that share one quantization range. The last block and the last bucket may be shorter.
+    (Paper, section 3: "Efficient Implementation".)
+    """
+
+    numel: int
+    window_size: int = 10
+    density: float = 0.01
+    bucket_size: int = 64
+    block_size: int = 4096
+
+    @classmethod
+    @lru_cache(maxsize=None)
+    def of(
+        cls, numel: int, window_size: int, density: float, bucket_size: int, block_size: int
+    ) -> BlockLayout:
+        """The layout for these values; equal arguments share one object."""
+        return cls(numel, window_size, density, bucket_size, block_size)
+
+    def k_of(self, length: int) -> int:
+        """Elements kept in a block of ``length`` elements: ``max(1, ceil(density * length))``."""
+        return max(1, math.ceil(self.density * length))
+
+    @cached_property
+    def num_blocks(self) -> int:
+        return -(-self.numel // self.block_size)
+
+    @cached_property
+    def num_buckets(self) -> int:
+        return -(-self.numel // self.bucket_size)
+
+    @cached_property
+    def k(self) -> int:
+        """Width of a window slot: the elements kept in the parameter's longest block."""
+        return self.k_of(min(self.numel, self.block_size))
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The full blocks, then the shorter last block; either is left out where it is empty."""
+        num_full, rest = divmod(self.numel, self.block_size)
+        full = Segment(0, num_full, self.block_size, self.k_of(self.block_size))
+        last = Segment(num_full, 1, rest, self.k_of(rest))
+        return ((full,) if num_full else ()) + ((last,) if rest else ())
+
+    @cached_property
+    def state_spec(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every state tensor, by its key in ``optimizer.state[p]``.
+
+        - ``step``: steps this parameter has taken; the newest window slot is
+          ``(step - 1) % window_size``.
+        - ``window_indices``, ``window_values``: the sliding window of sparse gradients. Slots of a
+          block shorter than the others use only their first entries.
+        - ``error``: the 4-bit codes of the error feedback, two a byte. In byte ``j`` of a bucket the
+          low half is code ``j``, the high half code ``j + bucket_size / 2``.
+        - ``error_min``, ``error_max``: the quantization range of each bucket.
+        """
+        window = (self.num_blocks, self.window_size, self.k)
+        return {
+            "step": ((), torch.int64),
+            "window_indices": (window, torch.int16),
+            "window_values": (window, torch.bfloat16),
+            "error": ((self.num_buckets * self.bucket_size // 2,), torch.uint8),
+            "error_min": ((self.num_buckets,), torch.bfloat16),
+            "error_max": ((self.num_buckets,), torch.bfloat16),
+        }
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Bytes that the state of this parameter takes."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.state_spec.values())
+
+    def new_state(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The state before the first step: no steps, an empty window, an error feedback of 0."""
+        return {
+            name: torch.zeros(shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in self.state_spec.items()
+        }

@@ -1,0 +1,383 @@
+"""`MicroAdam`, a `torch.optim.Optimizer` whose state takes about 0.96 bytes a parameter."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from microadam import reference
+from microadam.layout import MAX_BLOCK_SIZE, BlockLayout
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class MicroAdam(Optimizer):
+    """Adam on a sliding window of sparse gradients with 4-bit error feedback.
+
+    Each step adds the error feedback to the gradient, keeps the largest 1% of every block in a
+    window of the last 10 such sparse gradients, and stores the rest in 4 bits as the next error
+    feedback. Adam's two moments are computed from the window alone (Algorithm 1 of
+    arXiv:2405.15593). Only coordinates in the window move.
+
+    Args:
+        params: parameters or parameter groups; float32, bfloat16 or float16, any memory format and
+            device. A group may set every argument below for itself.
+        lr: learning rate; a float or a scalar tensor.
+        betas: decay rates of the first and second moment.
+        eps: added to the denominator; greater than 0.
+        weight_decay: decoupled weight decay, ``p *= 1 - lr * weight_decay``.
+        window_size: sparse gradients kept (paper: m).
+        density: share of every block kept a step (paper: k/d).
+        bucket_size: elements that share one range of the 4-bit error feedback.
+        block_size: elements among which the largest are chosen; a multiple of ``bucket_size``.
+        stochastic_rounding: round 16-bit parameters stochastically instead of to nearest.
+        seed: seed of the stochastic rounding.
+
+    A block whose gradient holds a NaN or an Inf is left as it was for that step: parameters,
+    window and error feedback. `num_skipped_blocks` counts them.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range, or a parameter's dtype is not supported.
+        RuntimeError: from `step`, a gradient is sparse or complex.
+
+    Example:
+        >>> optimizer = MicroAdam(model.parameters(), lr=1e-3)
+        >>> loss_fn(model(x), y).backward()
+        >>> optimizer.step()
+    """
+
+    # GradScaler hands its scale and its finding of infs to `step` as attributes.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        window_size: int = 10,
+        density: float = 0.01,
+        bucket_size: int = 64,
+        block_size: int = 4096,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "window_size": window_size,
+            "density": density,
+            "bucket_size": bucket_size,
+            "block_size": block_size,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+        }
+        self._num_skipped_blocks: dict[torch.device, Tensor] = {}
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._num_skipped_blocks = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, checked as in the constructor."""
+        _check_hyperparameters({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for index, p in enumerate(group["params"]):
+            if p.dtype not in PARAM_DTYPES:
+                self.param_groups.pop()
+                raise ValueError(
+                    f"parameter {index} of the group has dtype {p.dtype}; MicroAdam takes "
+                    "float32, bfloat16 and float16: convert the model, for example model.float()"
+                )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates every parameter that has a gradient; ``p.grad`` is only read.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        first_ordinal = 0
+        for group in self.param_groups:
+            self._step_group(group, first_ordinal, grad_scale, found_inf)
+            first_ordinal += len(group["params"])
+        return loss
+
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        first_ordinal: int,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        # One call of the fused step takes all parameters that share device and dtypes.
+        batches: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = defaultdict(list)
+        for ordinal, p in enumerate(group["params"], first_ordinal):
+            if p.grad is not None:
+                _check_gradient(p.grad, ordinal)
+                batches[p.device, p.dtype, p.grad.dtype].append((ordinal, p))
+
+        lr = group["lr"]
+        for (device, _, _), batch in batches.items():
+            states = [self._state_of(p, group) for _, p in batch]
+            flat_params = [_StorageOrder(p) for _, p in batch]
+            reference.step_(
+                [flat.values for flat in flat_params],
+                [flat.aligned(p.grad) for flat, (_, p) in zip(flat_params, batch, strict=True)],
+                [state["step"] for state in states],
+                [state["window_indices"] for state in states],
+                [state["window_values"] for state in states],
+                [state["error"] for state in states],
+                [state["error_min"] for state in states],
+                [state["error_max"] for state in states],
+                self._skipped_blocks_on(device),
+                lr.to(device) if isinstance(lr, Tensor) else None,
+                None if grad_scale is None else grad_scale.to(device),
+                None if found_inf is None else found_inf.to(device),
+                lr=0.0 if isinstance(lr, Tensor) else lr,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                density=group["density"],
+                block_size=group["block_size"],
+                bucket_size=group["bucket_size"],
+                stochastic_rounding=group["stochastic_rounding"],
+                seed=group["seed"],
+                ordinals=[ordinal for ordinal, _ in batch],
+            )
+            for flat in flat_params:
+                flat.write_back()
+
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p]
+        layout = _layout_of(p, group)
+        if not state:
+            state.update(layout.new_state(p.device))
+        elif state["window_indices"].shape != layout.state_spec["window_indices"][0]:
+            raise ValueError(
+                f"the state of a parameter with {p.numel()} elements has a window of shape "
+                f"{tuple(state['window_indices'].shape)}, but its group's window_size, density and "
+                f"block_size ask for {layout.state_spec['window_indices'][0]}: they cannot change "
+                "once a parameter has taken a step; create a new optimizer"
+            )
+        return state
+
+    def _skipped_blocks_on(self, device: torch.device) -> Tensor:
+        if device not in self._num_skipped_blocks:
+            self._num_skipped_blocks[device] = torch.zeros((), dtype=torch.int64, device=device)
+        return self._num_skipped_blocks[device]
+
+    def num_skipped_blocks(self) -> int:
+        """Blocks left as they were for a step because of a NaN or Inf, since construction.
+
+        Waits for the device.
+        """
+        return sum(int(count) for count in self._num_skipped_blocks.values())
+
+    def state_bytes(self) -> int:
+        """Bytes that the state tensors take on their devices."""
+        return sum(
+            value.untyped_storage().nbytes()
+            for state in self.state.values()
+            for value in state.values()
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned, every tensor in the dtype it was saved with.
+
+        The base class would cast the state to the parameters' dtype, which destroys indices and
+        codes. Nothing is changed where the state does not fit.
+
+        Raises:
+            ValueError: the groups differ in number or size, or a state tensor is missing or has
+                another shape or dtype than the parameter needs.
+        """
+        new_state = self._checked_state(state_dict)
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state.update(new_state)
+
+    def _checked_state(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        saved_groups = state_dict["param_groups"]
+        saved_sizes = [len(group["params"]) for group in saved_groups]
+        own_sizes = [len(group["params"]) for group in self.param_groups]
+        if saved_sizes != own_sizes:
+            raise ValueError(
+                f"the saved state has parameter groups of {saved_sizes} parameters, this optimizer "
+                f"of {own_sizes}: build it with the same groups"
+            )
+        new_state = {}
+        for saved_group, own_group in zip(saved_groups, self.param_groups, strict=True):
+            for index, p in zip(saved_group["params"], own_group["params"], strict=True):
+                if index in state_dict["state"]:
+                    saved = state_dict["state"][index]
+                    _check_state(saved, _layout_of(p, saved_group), index)
+                    new_state[p] = {
+                        name: value.detach().to(p.device, copy=True)
+                        for name, value in saved.items()
+                    }
+        return new_state
+
+
+class _StorageOrder:
+    """A parameter's elements as a 1-D tensor in the order they lie in memory.
+
+    A dense tensor of any memory format is viewed; only one with gaps or overlaps is copied, and
+    then `write_back` puts the result where it belongs.
+    """
+
+    def __init__(self, p: Tensor) -> None:
+        self.param = p
+        self.is_view = _is_dense(p)
+        self.values = _flat_view(p) if self.is_view else p.flatten()
+
+    def aligned(self, grad: Tensor) -> Tensor:
+        """The gradient's elements in the same order; copied only where its strides differ."""
+        if not self.is_view:
+            return grad.reshape(-1)
+        if grad.stride() == self.param.stride():
+            return _flat_view(grad)
+        same_strides = torch.empty_like(self.param, dtype=grad.dtype)
+        return _flat_view(same_strides.copy_(grad))
+
+    def write_back(self) -> None:
+        if not self.is_view:
+            self.param.copy_(self.values.view(self.param.shape))
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each once (`contiguous` up to order)."""
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _flat_view(t: Tensor) -> Tensor:
+    return t.detach().as_strided((t.numel(),), (1,))
+
+
+def _layout_of(p: Tensor, group: dict[str, Any]) -> BlockLayout:
+    return BlockLayout.of(
+        p.numel(),
+        group["window_size"],
+        group["density"],
+        group["bucket_size"],
+        group["block_size"],
+    )
+
+
+def _check_gradient(grad: Tensor, ordinal: int) -> None:
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of parameter {ordinal} is sparse ({grad.layout}); MicroAdam needs dense "
+            "gradients: for an embedding, pass sparse=False"
+        )
+    if not grad.is_floating_point():
+        raise RuntimeError(
+            f"the gradient of parameter {ordinal} has dtype {grad.dtype}; MicroAdam needs real "
+            "floating-point gradients"
+        )
+
+
+def _check_state(saved: dict[str, Any], layout: BlockLayout, index: int) -> None:
+    if saved.keys() != layout.state_spec.keys():
+        raise ValueError(
+            f"the saved state of parameter {index} has the entries {sorted(saved)}, MicroAdam needs "
+            f"{sorted(layout.state_spec)}: it was written by another optimizer"
+        )
+    for name, (shape, dtype) in layout.state_spec.items():
+        value = saved[name]
+        if not isinstance(value, Tensor) or value.shape != shape or value.dtype != dtype:
+            found = (
+                f"{value.dtype} of shape {tuple(value.shape)}"
+                if isinstance(value, Tensor)
+                else type(value).__name__
+            )
+            raise ValueError(
+                f"{name} of parameter {index} in the saved state is {found}, expected {dtype} of "
+                f"shape {shape}: the state belongs to another model or other hyperparameters"
+            )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_hyperparameters(group: dict[str, Any]) -> None:
+    def require(is_valid: bool, name: str, remedy: str) -> None:
+        if not is_valid:
+            raise ValueError(f"{name}={group[name]!r}: {remedy}")
+
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        require(lr.numel() == 1, "lr", "a tensor learning rate must have exactly one element")
+    else:
+        require(math.isfinite(lr) and lr >= 0, "lr", "the learning rate must be 0 or more")
+    betas = group["betas"]
+    require(
+        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        "betas",
+        "both must be at least 0 and less than 1",
+    )
+    require(
+        math.isfinite(group["eps"]) and group["eps"] > 0,
+        "eps",
+        "must be greater than 0, or a gradient whose square underflows divides by zero",
+    )
+    require(
+        math.isfinite(group["weight_decay"]) and group["weight_decay"] >= 0,
+        "weight_decay",
+        "must be 0 or more",
+    )
+    require(
+        _is_int(group["window_size"]) and group["window_size"] >= 1,
+        "window_size",
+        "must be an integer of 1 or more",
+    )
+    require(0 < group["density"] <= 1, "density", "must be greater than 0 and at most 1")
+    bucket_size = group["bucket_size"]
+    require(
+        _is_int(bucket_size) and bucket_size >= 2 and bucket_size % 2 == 0,
+        "bucket_size",
+        "must be an even integer of 2 or more (two 4-bit codes share a byte)",
+    )
+    block_size = group["block_size"]
+    require(
+        _is_int(block_size) and 0 < block_size <= MAX_BLOCK_SIZE and block_size % bucket_size == 0,
+        "block_size",
+        f"must be a multiple of bucket_size={bucket_size} and at most {MAX_BLOCK_SIZE}, "
+        "so that an index inside a block fits int16",
+    )
+    require(_is_int(group["seed"]) and 0 <= group["seed"] < 2**64, "seed", "must fit 64 bits")

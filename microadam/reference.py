@@ -1,0 +1,285 @@
+"""Algorithm 1 of the paper in plain torch, one function a line; runs on any device.
+
+This is the definition that the native kernels are compared with, and the fallback where they are
+not built. All arithmetic is float32. Blocks of equal length are the rows of a matrix: ``B`` is the
+number of blocks, ``L`` the elements of a block, ``k`` the elements kept of it, ``m`` the window
+size, ``Q`` the bucket size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from microadam.layout import BlockLayout, Segment
+from microadam.rounding import round_to_dtype
+
+# An accumulator at or beyond this magnitude counts as infinite: summed over a window, or as the
+# range of a bucket, it could overflow float32 and then never leave the error feedback again.
+MAX_MAGNITUDE = 2.0**120
+
+NUM_LEVELS = 15  # 4 bits: codes 0 to 15
+
+# Temporaries are float32 matrices of the blocks at hand. Taking a large parameter in pieces keeps
+# them in cache on a CPU and bounds the memory that a step needs beside the state.
+_MAX_ELEMENTS_AT_ONCE = {"cpu": 1 << 18}
+_MAX_ELEMENTS_AT_ONCE_ELSEWHERE = 1 << 26
+
+
+def dequantize(codes: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
+    """``Q^-1`` of the error feedback: float32 ``(num_buckets, Q)``.
+
+    Args:
+        codes: uint8 ``(num_buckets, Q / 2)``, two 4-bit codes a byte.
+        minimum, maximum: bfloat16 ``(num_buckets,)``.
+    """
+    low = minimum.float().unsqueeze(1)
+    unit = (maximum.float().unsqueeze(1) - low) / NUM_LEVELS
+    return torch.cat((codes & 15, codes >> 4), dim=1).float() * unit + low
+
+
+def quantize(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``Q`` of the error feedback: codes, minimum and maximum, shaped as in `dequantize`.
+
+    Rounds to the nearest of 16 levels between the bucket's smallest and largest value.
+
+    Args:
+        residual: float32 ``(num_buckets, Q)``.
+    """
+    minimum, maximum = (t.bfloat16() for t in residual.aminmax(dim=1))
+    low = minimum.float().unsqueeze(1)
+    unit = (maximum.float().unsqueeze(1) - low) / NUM_LEVELS
+    level = ((residual - low) / unit + 0.5).floor().clamp(0, NUM_LEVELS)
+    codes = torch.where(unit == 0, 0.0, level).to(torch.uint8)
+    first_half, second_half = codes.chunk(2, dim=1)
+    return first_half | (second_half << 4), minimum, maximum
+
+
+def select_top_k(accumulator: Tensor, k: int) -> Tensor:
+    """Indices of the ``k`` largest magnitudes of every block, ascending: int64 ``(B, k)``.
+
+    The lower index wins among equals, which ``torch.topk`` does not promise.
+
+    Args:
+        accumulator: float32 ``(B, L)``, finite.
+    """
+    magnitude = accumulator.abs()
+    threshold = magnitude.topk(k, dim=1, sorted=True).values[:, -1:]
+    above = magnitude > threshold
+    equal = magnitude == threshold
+    num_wanted = k - above.sum(dim=1, keepdim=True)
+    selected = above | (equal & (equal.cumsum(dim=1) <= num_wanted))
+    return selected.nonzero()[:, 1].view(-1, k)
+
+
+def window_moments(
+    indices: Tensor, values: Tensor, step: int, beta1: float, beta2: float, length: int
+) -> tuple[Tensor, Tensor]:
+    """``AdamStats``: the bias-corrected moments of the window, dense float32 ``(B, L)`` each.
+
+    ``m_hat = (1 - beta1) / (1 - beta1^step) * sum_r beta1^r v_r`` over the filled slots, where
+    slot age ``r`` is 0 for the newest; ``v_hat`` likewise with ``beta2`` and ``v_r^2``.
+
+    Args:
+        indices: int16 ``(B, m, k)``.
+        values: bfloat16 ``(B, m, k)``.
+        step: steps taken, this one included; at least 1.
+        length: ``L``.
+    """
+    num_blocks, window_size, _ = values.shape
+    first = torch.zeros(num_blocks, length, device=values.device)
+    second = torch.zeros_like(first)
+    for slot in range(min(step, window_size)):
+        age = (step - 1 - slot) % window_size
+        index = indices[:, slot].long()
+        value = values[:, slot].float()
+        first.scatter_add_(1, index, value * beta1**age)
+        second.scatter_add_(1, index, value.square() * beta2**age)
+    first *= (1 - beta1) / (1 - beta1**step)
+    second *= (1 - beta2) / (1 - beta2**step)
+    return first, second
+
+
+def update(
+    param: Tensor, m_hat: Tensor, v_hat: Tensor, lr: float, weight_decay: float, eps: float
+) -> Tensor:
+    """The new parameter in float32. Outside the window ``m_hat`` is 0, so only the decay acts."""
+    decayed = param * (1 - lr * weight_decay) if weight_decay != 0 else param
+    return decayed - lr * (m_hat / (v_hat.sqrt() + eps))
+
+
+def _step_blocks(
+    param: Tensor,  # (B, L), any supported dtype, written
+    grad: Tensor,  # (B, L), any floating dtype
+    first_element: int,  # index of param[0, 0] in the whole parameter
+    step: int,
+    window_indices: Tensor,  # (B, m, k) int16, written
+    window_values: Tensor,  # (B, m, k) bfloat16, written
+    error: Tensor,  # (buckets, Q / 2) uint8, written
+    error_min: Tensor,  # (buckets,) bfloat16, written
+    error_max: Tensor,  # (buckets,) bfloat16, written
+    *,
+    inv_scale: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    rounding_key: tuple[int, int] | None,
+) -> Tensor:
+    """One step of blocks of equal length; returns the number of blocks skipped, an int64 scalar."""
+    num_blocks, length = param.shape
+    k = window_values.shape[2]
+    bucket_size = 2 * error.shape[1]
+    padding = -length % bucket_size
+
+    feedback = dequantize(error, error_min, error_max).view(num_blocks, length + padding)
+    accumulator = grad.float() * inv_scale + feedback[:, :length]
+    # NaN compares false, so it is not finite here either.
+    finite = (accumulator.abs() < MAX_MAGNITUDE).all(dim=1)
+    accumulator = torch.where(finite.unsqueeze(1), accumulator, 0.0)
+
+    top = select_top_k(accumulator, k)
+    slot = (step - 1) % window_values.shape[1]
+    kept = finite.view(-1, 1)
+    window_indices[:, slot] = torch.where(kept, top.short(), window_indices[:, slot])
+    window_values[:, slot] = torch.where(
+        kept, accumulator.gather(1, top).bfloat16(), window_values[:, slot]
+    )
+
+    residual = accumulator.scatter(1, top, 0.0)
+    if padding:  # repeat a value of the last bucket, so that its range does not change
+        residual = torch.cat((residual, residual[:, -1:].expand(-1, padding)), dim=1)
+    codes, minimum, maximum = quantize(residual.view(-1, bucket_size))
+    bucket_kept = finite.repeat_interleave(codes.shape[0] // num_blocks)
+    error.copy_(torch.where(bucket_kept.unsqueeze(1), codes, error))
+    error_min.copy_(torch.where(bucket_kept, minimum, error_min))
+    error_max.copy_(torch.where(bucket_kept, maximum, error_max))
+
+    m_hat, v_hat = window_moments(window_indices, window_values, step, beta1, beta2, length)
+    new_param = update(param.float(), m_hat, v_hat, lr, weight_decay, eps)
+    rounded = round_to_dtype(new_param, param.dtype, rounding_key, step, first_element)
+    param.copy_(torch.where(kept, rounded, param))
+    return num_blocks - finite.sum()
+
+
+def _step_param(
+    param: Tensor,
+    grad: Tensor,
+    step: int,
+    window_indices: Tensor,
+    window_values: Tensor,
+    error: Tensor,
+    error_min: Tensor,
+    error_max: Tensor,
+    layout: BlockLayout,
+    num_skipped_blocks: Tensor,
+    **hyperparameters: object,
+) -> None:
+    at_once = _MAX_ELEMENTS_AT_ONCE.get(param.device.type, _MAX_ELEMENTS_AT_ONCE_ELSEWHERE)
+    buckets = error.view(-1, layout.bucket_size // 2)
+    for segment in layout.segments:
+        for piece in _pieces(segment, max(1, at_once // segment.length)):
+            first = piece.first_block * layout.block_size
+            elements = slice(first, first + piece.num_blocks * piece.length)
+            blocks = slice(piece.first_block, piece.first_block + piece.num_blocks)
+            in_buckets = slice(first // layout.bucket_size, -(-elements.stop // layout.bucket_size))
+            num_skipped_blocks += _step_blocks(
+                param[elements].view(piece.num_blocks, piece.length),
+                grad[elements].view(piece.num_blocks, piece.length),
+                first,
+                step,
+                window_indices[blocks, :, : piece.k],
+                window_values[blocks, :, : piece.k],
+                buckets[in_buckets],
+                error_min[in_buckets],
+                error_max[in_buckets],
+                **hyperparameters,  # type: ignore[arg-type]
+            )
+
+
+def _pieces(segment: Segment, max_blocks: int) -> list[Segment]:
+    return [
+        Segment(
+            segment.first_block + start,
+            min(max_blocks, segment.num_blocks - start),
+            segment.length,
+            segment.k,
+        )
+        for start in range(0, segment.num_blocks, max_blocks)
+    ]
+
+
+def step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    window_indices: Sequence[Tensor],
+    window_values: Sequence[Tensor],
+    error: Sequence[Tensor],
+    error_min: Sequence[Tensor],
+    error_max: Sequence[Tensor],
+    num_skipped_blocks: Tensor,
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    density: float,
+    block_size: int,
+    bucket_size: int,
+    stochastic_rounding: bool,
+    seed: int,
+    ordinals: Sequence[int],
+) -> None:
+    """One MicroAdam step of many parameters, in place.
+
+    Args:
+        params: 1-D contiguous views of the parameters in storage order; float32, bfloat16 or
+            float16. Written.
+        grads: the gradients in the same order and shapes; any floating dtype. Only read.
+        steps: int64 scalars, the steps taken before this one. Incremented.
+        window_indices, window_values, error, error_min, error_max: the state, shaped as
+            `BlockLayout.state_spec` says. Written.
+        num_skipped_blocks: int64 scalar; grows by the blocks left as they were because their
+            accumulator held a NaN, an Inf or a magnitude of 2^120 or more.
+        lr_tensor: scalar learning rate; replaces ``lr`` where given.
+        grad_scale: scalar that the gradients were multiplied by (``GradScaler``); None for 1.
+        found_inf: scalar; where it is not 0 nothing at all is changed.
+        ordinals: the position of each parameter in the optimizer; with ``seed``, the step and the
+            element's index it decides the random bits of stochastic rounding.
+    """
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    rate = lr if lr_tensor is None else float(lr_tensor)
+    inv_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+    for i, param in enumerate(params):
+        steps[i] += 1
+        layout = BlockLayout.of(
+            param.numel(), window_indices[i].shape[1], density, bucket_size, block_size
+        )
+        _step_param(
+            param,
+            grads[i],
+            int(steps[i]),
+            window_indices[i],
+            window_values[i],
+            error[i],
+            error_min[i],
+            error_max[i],
+            layout,
+            num_skipped_blocks,
+            inv_scale=inv_scale,
+            lr=rate,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            rounding_key=(seed, ordinals[i]) if stochastic_rounding else None,
+        )
