@@ -96,7 +96,8 @@ def window_moments(
         index = indices[:, slot].long()
         value = values[:, slot].float()
         first.scatter_add_(1, index, value * beta1**age)
-        second.scatter_add_(1, index, value.square() * beta2**age)
+        # The weight before the square: 0 times a square that overflowed would be NaN.
+        second.scatter_add_(1, index, value * beta2**age * value)
     first *= (1 - beta1) / (1 - beta1**step)
     second *= (1 - beta2) / (1 - beta2**step)
     return first, second
