@@ -86,7 +86,7 @@ pip_install() {
         /^ *Downloading .*\(([0-9][0-9][0-9]+(\.[0-9]+)? MB|[0-9.]+ GB)/ {
             sub(/^ *Downloading ([^ ]*\/)?/, ""); print "  downloading " $0; fflush()
         }
-        /^Installing collected packages/ { print "  unpacking " NF - 3 " packages"; fflush() }' && return
+        /^Installing collected packages/ && NF > 4 { print "  unpacking " NF - 3 " packages"; fflush() }' && return
     tail -n 20 "$LOG" >&2
     die "pip failed, see above or all of it in $LOG; when the cause is gone, run this again: what is installed stays"
 }
@@ -96,8 +96,7 @@ fingerprint() {
     {
         pwd
         "$VENV/bin/python" --version
-        find pyproject.toml setup.py csrc constraints.txt scripts/setup.sh -type f -exec sha256sum {} + 2>/dev/null |
-            sort
+        sha256sum $(find pyproject.toml setup.py csrc constraints.txt scripts/setup.sh -type f 2>/dev/null | sort)
     } | sha256sum
 }
 
