@@ -1,0 +1,1 @@
+"""The experiment framework around the optimizer: data, tasks, training, records."""

@@ -1,0 +1,229 @@
+"""The types of every config key, and the step from a composed Hydra config to plain dataclasses.
+
+Hydra and OmegaConf end here: everything behind `parse` sees `RunConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.errors import ExperimentError
+
+
+def _require(is_valid: bool, name: str, value: object, remedy: str) -> None:
+    if not is_valid:
+        raise ExperimentError(f"{name}={value}: {remedy}")
+
+
+def _require_positive(section: str, config: object, *names: str) -> None:
+    """Each named value must be greater than 0 or None."""
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value > 0, f"{section}.{name}", value, "must be greater than 0")
+
+
+def _require_choice(name: str, value: str, *choices: str) -> None:
+    _require(value in choices, name, value, f"choose one of {', '.join(choices)}")
+
+
+@dataclass
+class TaskConfig:
+    name: str = MISSING
+    max_length: int = 512  # tokens
+
+    def __post_init__(self) -> None:
+        _require_positive("task", self, "max_length")
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    weights: str = MISSING  # pretrained | random
+    path: str | None = None  # folder of a saved transformers model; used before hub and package
+    hub_id: str | None = None
+    package: str | None = None  # installed Python package that carries the weights as GGUF
+    architecture: dict[str, Any] = field(default_factory=dict)  # a transformers config
+
+    def __post_init__(self) -> None:
+        _require_choice("model.weights", self.weights, "pretrained", "random")
+        has_source = self.path or self.hub_id or self.package
+        _require(
+            self.weights == "random" or bool(has_source),
+            "model.weights",
+            self.weights,
+            f"{self.name} has no pretrained weights; use model.weights=random or model.path=FOLDER",
+        )
+
+
+@dataclass
+class DatasetConfig:
+    name: str = MISSING
+    path: str | None = None  # folder with <split>.jsonl files; comes before everything else
+    source: str = "auto"  # auto: the hub or its cache, else generated | hub | generated
+    hub_id: str = MISSING
+    hub_config: str | None = None
+    splits: list[str] = MISSING
+    columns: list[str] = MISSING
+    size: int = MISSING  # rows to train on in the hub's data set
+    num_train: int | None = None  # only the first of them
+
+    def __post_init__(self) -> None:
+        _require_choice("dataset.source", self.source, "auto", "hub", "generated")
+        _require_positive("dataset", self, "num_train")
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = MISSING
+    lr: float = MISSING
+    weight_decay: float = 0.0
+
+
+@dataclass
+class AdamWConfig(OptimizerConfig):
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+
+
+@dataclass
+class MicroAdamConfig(AdamWConfig):
+    window_size: int = 10
+    density: float = 0.01
+    bucket_size: int = 64
+    block_size: int = 4096
+    stochastic_rounding: bool = False
+
+
+@dataclass
+class HardwareConfig:
+    name: str = MISSING
+    device: str = "auto"  # auto | cpu | cuda
+    precision: str = "auto"  # auto | bf16 (parameters too) | bf16_amp (autocast of fp32) | fp32
+    micro_batch_size: int = MISSING  # examples in one forward pass
+    activation_checkpointing: bool = False
+    memory_gib: float | None = None  # of the card, for the plan
+
+    def __post_init__(self) -> None:
+        _require_choice("hardware.device", self.device, "auto", "cpu", "cuda")
+        _require_choice("hardware.precision", self.precision, "auto", "bf16", "bf16_amp", "fp32")
+        _require_positive("hardware", self, "micro_batch_size", "memory_gib")
+
+
+@dataclass
+class TrainingConfig:
+    epochs: float = 1.0
+    max_steps: int | None = None  # replaces epochs
+    global_batch_size: int = MISSING  # examples a step
+    warmup_steps: int = 0
+    schedule: str = "linear"  # after the warm-up: linear | cosine (both to 0) | constant
+    max_grad_norm: float | None = 1.0  # global norm; None: no clipping
+    checkpoint_every_steps: int = 25
+    save_model: bool = True  # keep the fine-tuned model in the run folder
+
+    def __post_init__(self) -> None:
+        _require_choice("training.schedule", self.schedule, "linear", "cosine", "constant")
+        _require_positive(
+            "training",
+            self,
+            "epochs",
+            "max_steps",
+            "global_batch_size",
+            "max_grad_norm",
+            "checkpoint_every_steps",
+        )
+        _require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "must be >= 0")
+
+
+@dataclass
+class EvaluationConfig:
+    num_fewshot: int = 5
+    limit: int | None = None  # examples; None: the whole test split
+    batch_size: int = 32
+    max_new_tokens: int = 256
+    before_training: bool = True
+
+    def __post_init__(self) -> None:
+        _require_positive("evaluation", self, "limit", "batch_size", "max_new_tokens")
+        _require(self.num_fewshot >= 0, "evaluation.num_fewshot", self.num_fewshot, "must be >= 0")
+
+
+@dataclass
+class LoggerConfig:
+    name: str = "none"  # none | wandb
+    project: str = "microadam"
+    mode: str = "online"  # online | offline
+
+    def __post_init__(self) -> None:
+        _require_choice("logger.name", self.name, "none", "wandb")
+        _require_choice("logger.mode", self.mode, "online", "offline")
+
+
+@dataclass
+class RunConfig:
+    task: TaskConfig = MISSING
+    scale: str = MISSING
+    model: ModelConfig = MISSING
+    dataset: DatasetConfig = MISSING
+    optimizer: OptimizerConfig = MISSING
+    hardware: HardwareConfig = MISSING
+    training: TrainingConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    logger: LoggerConfig = MISSING
+    learning_rates: dict[str, float] = field(default_factory=dict)  # of the preset, by optimizer
+    seed: int = 42
+    results_dir: str = "results"
+    dry_run: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        batch, micro = self.training.global_batch_size, self.hardware.micro_batch_size
+        _require(
+            batch % min(batch, micro) == 0,
+            "training.global_batch_size",
+            batch,
+            f"must be a multiple of hardware.micro_batch_size={micro}",
+        )
+
+
+# What may differ between two runs that are the same run: where it is kept, how it is watched.
+_NOT_PART_OF_THE_RUN = ("results_dir", "dry_run", "force", "logger", "learning_rates")
+
+
+def run_hash(config: RunConfig) -> str:
+    """Ten hex digits that name a run: equal for equal configs, so equal configs share a folder."""
+    values = dataclasses.asdict(config)
+    for name in _NOT_PART_OF_THE_RUN:
+        del values[name]
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def register() -> None:
+    """Makes the dataclasses known to Hydra as the schema that every config file is merged into."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    store.store(group="schema/optimizer", name="microadam", node=MicroAdamConfig)
+    store.store(group="schema/optimizer", name="adamw", node=AdamWConfig)
+
+
+def parse(config: DictConfig) -> RunConfig:
+    """The composed config as dataclasses, every value checked.
+
+    Raises:
+        ExperimentError: a value is missing or out of its range.
+    """
+    try:
+        run = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ExperimentError(f"config: {str(error).splitlines()[0]}") from error
+    if not isinstance(run, RunConfig):
+        raise TypeError(f"expected a RunConfig, got {type(run).__name__}")
+    return run

@@ -1,0 +1,1 @@
+"""Where examples come from: local files, the hub, or generated."""

@@ -1,0 +1,147 @@
+"""Text data sets: a local folder, the hub or its cache, or generated, in that order.
+
+Whatever the source, a data set ends up as one ``<split>.jsonl`` file a split, so that training and
+lm-evaluation-harness read the very same rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments import atomic, hub
+from experiments.config import DatasetConfig
+from experiments.data import word_problems
+from experiments.errors import ExperimentError
+
+Row = dict[str, str]
+
+# Rows for a split where neither a folder nor the hub has it: as many as the real data set.
+_GENERATORS: dict[str, Callable[[str, int], list[Row]]] = {"gsm8k": word_problems.generate}
+_NUM_GENERATED = {"gsm8k": {"train": 7473, "test": 1319}}
+
+
+@dataclass(frozen=True)
+class TextData:
+    """The rows of every split, the files they came from, and where those came from."""
+
+    source: str  # local | hub | generated
+    files: dict[str, Path]
+    rows: dict[str, list[Row]]
+
+
+def load(config: DatasetConfig) -> TextData:
+    """Reads the data set from the first source that has it.
+
+    Raises:
+        ExperimentError: a folder that is missing or empty, a broken line, a hub that cannot be
+            reached where nothing may stand in for it.
+    """
+    source, folder = _find(config)
+    files = {split: folder / f"{split}.jsonl" for split in config.splits}
+    rows = {split: read_jsonl(path, config.columns) for split, path in files.items()}
+    if config.num_train is not None:
+        rows["train"] = rows["train"][: config.num_train]
+    return TextData(source, files, rows)
+
+
+def _find(config: DatasetConfig) -> tuple[str, Path]:
+    if config.path is not None:
+        folder = Path(config.path)
+        if not folder.is_dir():
+            raise ExperimentError(
+                f"dataset.path={config.path}: there is no such folder; it must hold "
+                + " and ".join(f"{split}.jsonl" for split in config.splits)
+            )
+        return "local", folder
+    if config.source == "generated":
+        return "generated", _generated(config)
+    try:
+        return "hub", _exported_from_hub(config)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        if config.source == "auto" and config.name in _GENERATORS:
+            print(
+                f"data: the hub has no {config.hub_id} for us ({reason}); "
+                "training on generated problems of the same format instead"
+            )
+            return "generated", _generated(config)
+        raise ExperimentError(
+            f"data set {config.name} ({config.hub_id}) could not be fetched from the hub "
+            f"({reason}): go online or set HF_HOME to a cache that has it, give a folder with "
+            "dataset.path=FOLDER, or use generated data with dataset.source=generated"
+        ) from error
+
+
+def _exported_from_hub(config: DatasetConfig) -> Path:
+    name = "-".join([config.hub_id.replace("/", "--"), *filter(None, [config.hub_config])])
+    folder = hub.cache_dir() / "datasets" / name
+    if not folder.exists():
+        import datasets
+
+        loaded = datasets.load_dataset(config.hub_id, config.hub_config)
+        with atomic.new_folder(folder) as partial:
+            for split in config.splits:
+                text = _to_jsonl(loaded[split])
+                (partial / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def _generated(config: DatasetConfig) -> Path:
+    if config.name not in _GENERATORS:
+        raise ExperimentError(
+            f"dataset.source=generated: there is no generator for {config.name}, only for "
+            f"{', '.join(_GENERATORS)}; give a folder with dataset.path=FOLDER"
+        )
+    texts = {
+        split: _to_jsonl(_GENERATORS[config.name](split, _NUM_GENERATED[config.name][split]))
+        for split in config.splits
+    }
+    digest = hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:10]
+    folder = hub.cache_dir() / "datasets" / f"generated-{config.name}-{digest}"
+    if not folder.exists():
+        with atomic.new_folder(folder) as partial:
+            for split, text in texts.items():
+                (partial / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def _to_jsonl(rows: Iterable[Row]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def read_jsonl(path: Path, columns: list[str]) -> list[Row]:
+    """The rows of a JSON-lines file, each checked to hold ``columns`` as text.
+
+    Raises:
+        ExperimentError: names the file, and the line where one is broken.
+    """
+    if not path.is_file():
+        raise ExperimentError(f"{path}: there is no such file, and the run needs it")
+    rows = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ExperimentError(f"{path}: not UTF-8 text ({error.reason})") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            rows.append(_parse_row(line, columns, f"{path}, line {number}"))
+    if not rows:
+        raise ExperimentError(f"{path}: the file has no rows")
+    return rows
+
+
+def _parse_row(line: str, columns: list[str], where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ExperimentError(
+            f"{where}: not valid JSON ({error.msg}, column {error.colno})"
+        ) from error
+    for column in columns:
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            raise ExperimentError(f'{where}: needs a text in column "{column}"')
+    return row

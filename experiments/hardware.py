@@ -1,0 +1,84 @@
+"""What the run computes on: device, precision, and what to call the machine in a record."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from experiments.config import HardwareConfig
+from experiments.errors import ExperimentError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    device: torch.device
+    precision: str  # bf16: parameters in bfloat16 | bf16_amp: float32 ones, autocast | fp32
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def autocast(self) -> AbstractContextManager[object]:
+        if self.precision == "bf16_amp":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def synchronize(self) -> None:
+        """Waits for the device, so that a clock read next to it is right."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_bytes(self) -> int:
+        """Most memory held so far: allocated on the GPU, or resident in this process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if platform.system() == "Darwin" else peak * 1024
+
+    def describe(self) -> dict[str, object]:
+        """For the record: names and counts of what computed."""
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        return {
+            "device": self.device.type,
+            "gpu": gpu,
+            "cpu": _cpu_name(),
+            "num_threads": torch.get_num_threads(),
+            "precision": self.precision,
+        }
+
+
+def resolve_precision(config: HardwareConfig) -> str:
+    if config.precision != "auto":
+        return config.precision
+    has_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return "bf16" if has_gpu else "fp32"
+
+
+def resolve(config: HardwareConfig) -> Hardware:
+    """Turns ``auto`` into what this machine has.
+
+    Raises:
+        ExperimentError: a GPU is asked for and there is none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise ExperimentError(
+            f"hardware={config.name}: torch sees no CUDA GPU here; use hardware=auto or "
+            "hardware=cpu, or add dry_run=true to see only the plan"
+        )
+    device = torch.device("cuda" if has_gpu and config.device != "cpu" else "cpu")
+    return Hardware(device, resolve_precision(config))
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

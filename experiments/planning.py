@@ -1,0 +1,127 @@
+"""What a run would do and take, found out without doing it: steps, and peak memory by part."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from experiments import optimizers, tasks, training
+from experiments.config import RunConfig
+from experiments.data import text
+from experiments.hardware import resolve_precision
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    num_params: int
+    num_examples: int
+    num_steps: int
+    precision: str
+    param_bytes: int
+    grad_bytes: int
+    state_bytes: int
+    activation_bytes: int  # the most that a forward and backward pass holds beside gradients
+    adamw_state_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.param_bytes + self.grad_bytes + self.state_bytes + self.activation_bytes
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the storages made while it is active and remembers the most bytes alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor):
+                self._follow(value.untyped_storage())
+        return result
+
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Leaves out a storage that was there before."""
+        self._known.add(tensor.untyped_storage()._cdata)
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        num_bytes = storage.nbytes()
+        self.live_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._forget, key, num_bytes)
+
+    def _forget(self, key: int, num_bytes: int) -> None:
+        self._known.discard(key)
+        self.live_bytes -= num_bytes
+
+
+def make(config: RunConfig) -> Plan:
+    """Plans the run from shapes alone: the model is built and differentiated without memory.
+
+    The activations are those of the largest micro-batch, full length and every token a target, as
+    torch's eager operators allocate them. The sum takes them to be alive together with all
+    gradients, which holds as soon as gradients are accumulated, and is the upper end otherwise.
+    """
+    task = tasks.by_name(config.task.name)
+    precision = resolve_precision(config.hardware)
+    param_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = task.plan_model(config, param_dtype)
+    if config.hardware.activation_checkpointing:
+        training.enable_activation_checkpointing(model)
+    params = [p for p in model.parameters() if p.requires_grad]
+    param_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    grad_bytes = sum(p.numel() * p.element_size() for p in params)
+    num_examples = _num_examples(config)
+    adamw_state_bytes = sum(2 * p.numel() * p.element_size() + 4 for p in params)
+    return Plan(
+        num_params=sum(p.numel() for p in model.parameters()),
+        num_examples=num_examples,
+        num_steps=training.num_steps(config.training, num_examples),
+        precision=precision,
+        param_bytes=param_bytes,
+        grad_bytes=grad_bytes,
+        state_bytes=optimizers.planned_state_bytes(params, config.optimizer),
+        activation_bytes=_activation_bytes(task, model, task.plan_batch(config), precision),
+        adamw_state_bytes=adamw_state_bytes,
+    )
+
+
+def _num_examples(config: RunConfig) -> int:
+    if config.dataset.path is not None:
+        return len(text.load(config.dataset).rows["train"])
+    wanted = config.dataset.num_train
+    return config.dataset.size if wanted is None else min(wanted, config.dataset.size)
+
+
+def _activation_bytes(task: Any, model: torch.nn.Module, batch: Any, precision: str) -> int:
+    # Gradients that are there already are added to in place, so the peak leaves them out.
+    grads = []
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+        grads.append(p.grad)
+    model.train()
+    live = _LiveBytes()
+    for tensor in [*model.parameters(), *model.buffers(), *grads]:
+        live.ignore(tensor)
+    amp = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16_amp")
+    with live, amp:
+        task.loss_sum(model, batch).backward()
+    return live.peak_bytes

@@ -1,0 +1,165 @@
+"""The folder of a run: its config, its metrics, its lock, and the record that says it is finished.
+
+results/runs/<task>/<model>/<optimizer>/<hash>/
+    config.json     the config, every value resolved
+    metrics.jsonl   one line a logged step; the truth that wandb only mirrors
+    checkpoint/     to go on from
+    model/          the fine-tuned model
+    record.json     written last: a run without it is not finished
+results/records/<task>-<model>-<optimizer>-<hash>.json    a copy, small enough to commit
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import microadam
+from experiments import atomic
+from experiments.config import LoggerConfig, RunConfig, run_hash
+from experiments.errors import ExperimentError
+
+_PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "hydra-core", "numpy")
+
+
+class RunFolder:
+    """One run's folder; everything in it is written through this class or `checkpoints`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.hash = run_hash(config)
+        names = (config.task.name, config.model.name, config.optimizer.name, self.hash)
+        results = Path(config.results_dir)
+        self.path = results.joinpath("runs", *names)
+        self.checkpoints = self.path / "checkpoint"
+        self.model = self.path / "model"
+        self._metrics = self.path / "metrics.jsonl"
+        self._record = self.path / "record.json"
+        self._committed_record = results / "records" / ("-".join(names) + ".json")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps every other process out of this run while the block runs.
+
+        Raises:
+            ExperimentError: another process has the run; names it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = self.path.with_suffix(".lock")
+        with lock.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise ExperimentError(
+                    f"{self.path} is being run by {file.read().strip() or 'another process'}; wait "
+                    "for it, or change a value such as seed to make it another run"
+                ) from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            yield
+
+    def finished_record(self) -> dict[str, Any] | None:
+        """The record, or None where the run is not finished."""
+        if not self._record.exists():
+            return None
+        record: dict[str, Any] = json.loads(self._record.read_text(encoding="utf-8"))
+        return record
+
+    def set_aside(self) -> Path:
+        """Renames the folder, so that the run starts anew and nothing is lost."""
+        kept = self.path.with_name(f"{self.path.name}.{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+        self.path.rename(kept)
+        return kept
+
+    def start(self, config: RunConfig) -> None:
+        """Writes the config; harmless where the run goes on."""
+        atomic.write_text(self.path / "config.json", _to_json(dataclasses.asdict(config)))
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All complete lines of metrics.jsonl; a kill may have cut the last one short."""
+        if not self._metrics.exists():
+            return []
+        text = self._metrics.read_text(encoding="utf-8")
+        complete = text[: text.rfind("\n") + 1]
+        return [json.loads(line) for line in complete.splitlines()]
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drops what was logged after ``step``: the run repeats it."""
+        kept = [metrics for metrics in self.metrics() if metrics["step"] <= step]
+        atomic.write_text(self._metrics, "".join(json.dumps(m) + "\n" for m in kept))
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Writes the record; from here on the run counts as finished."""
+        text = _to_json(record)
+        atomic.write_text(self._committed_record, text)
+        atomic.write_text(self._record, text)
+
+
+def _to_json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def provenance() -> dict[str, Any]:
+    """The commit, whether the tree differs from it, and the versions of what matters."""
+    root = Path(__file__).parent
+    commit = _git(root, "rev-parse", "HEAD")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    versions = {"python": platform.python_version(), "microadam": microadam.__version__}
+    versions |= {package: importlib.metadata.version(package) for package in _PACKAGES}
+    return {
+        "git_commit": commit,
+        "git_dirty": None if changes is None else bool(changes),
+        "versions": versions,
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Git's answer, or None outside a checkout or without git."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+class Mirror:
+    """Sends metrics to Weights & Biases where the config asks for it, else does nothing."""
+
+    def __init__(self, config: LoggerConfig, run: RunFolder, run_config: RunConfig) -> None:
+        self._wandb_run = None
+        if config.name == "wandb":
+            import wandb
+
+            self._wandb_run = wandb.init(
+                project=config.project,
+                mode="offline" if config.mode == "offline" else "online",
+                id=run.hash,
+                resume="allow",
+                dir=run.path,
+                config=dataclasses.asdict(run_config),
+            )
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        if self._wandb_run is not None:
+            self._wandb_run.log(metrics, step=metrics["step"])
+
+    def close(self) -> None:
+        if self._wandb_run is not None:
+            self._wandb_run.finish()

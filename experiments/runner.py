@@ -1,0 +1,138 @@
+"""Executes one run: plan or train, evaluate before and after, write the record, say how it went."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from experiments import checkpoints, hardware, optimizers, planning, summary, tasks, training
+from experiments.config import RunConfig
+from experiments.records import Mirror, RunFolder, provenance
+
+
+def execute(config: RunConfig) -> None:
+    """Runs ``config``, goes on with it, or says that it is finished.
+
+    Raises:
+        ExperimentError: something the user can mend; what was there before is kept.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if config.dry_run:
+        print(summary.of_plan(config, planning.make(config)))
+        return
+    run = RunFolder(config)
+    with run.locked():
+        record = run.finished_record()
+        if record is not None and config.force:
+            print(f"force=true: the finished run is kept as {run.set_aside()}")
+            record = None
+        if record is None:
+            record = _run(config, run)
+        else:
+            print("already finished; force=true runs it again\n")
+        print(summary.of_record(record, run.path))
+
+
+def _run(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+    machine = hardware.resolve(config.hardware)
+    torch.manual_seed(config.seed)
+    task = tasks.by_name(config.task.name)(config, machine)
+    if config.hardware.activation_checkpointing:
+        training.enable_activation_checkpointing(task.model)
+    optimizer = optimizers.build(task.model, config.optimizer)
+    checkpoint = checkpoints.load_newest(run.checkpoints, run.hash, task.data_source)
+    print(summary.of_start(config, task, machine, run.path, checkpoint))
+
+    run.start(config)
+    mirror = Mirror(config.logger, run, config)
+    try:
+        before = _evaluation_before(config, task, run, mirror)
+        totals = training.train(task, optimizer, config, machine, run, mirror, checkpoint)
+        after, evaluation_s = _evaluate(task)
+        last_step = run.metrics()[-1]["step"]
+        mirror.log({"step": last_step, **_prefixed("eval", after)})
+    finally:
+        mirror.close()
+
+    losses = [m["train/loss"] for m in run.metrics() if "train/loss" in m]
+    num_params = sum(p.numel() for p in task.model.parameters())
+    record = {
+        "status": "finished",
+        "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "run": run.hash,
+        "command": _command(),
+        "task": config.task.name,
+        "model": config.model.name,
+        "optimizer": config.optimizer.name,
+        "scale": config.scale,
+        "seed": config.seed,
+        "data_source": task.data_source,
+        "model_source": task.model_source,
+        "num_params": num_params,
+        "num_examples": task.num_examples,
+        "num_overlong_examples": task.num_overlong_examples,
+        "num_steps": last_step,
+        "num_tokens": totals.num_tokens,
+        "metrics": {
+            "train/first_loss": losses[0],
+            "train/last_loss": losses[-1],
+            **_prefixed("eval_before", before),
+            **_prefixed("eval", after),
+            "memory/state_bytes": optimizers.measured_state_bytes(optimizer),
+            "memory/peak_bytes": machine.peak_bytes(),
+            "time/training_s": totals.training_s,
+            "time/optimizer_s": totals.optimizer_s,
+            "time/checkpoint_s": totals.checkpoint_s,
+            "time/evaluation_s": evaluation_s,
+        },
+        "hardware": machine.describe(),
+        **provenance(),
+        "config": dataclasses.asdict(config),
+    }
+    if config.training.save_model:
+        task.save(run.model)
+    run.finish(record)
+    checkpoints.remove_all(run.checkpoints)
+    return record
+
+
+def _evaluation_before(
+    config: RunConfig, task: tasks.Task, run: RunFolder, mirror: Mirror
+) -> dict[str, Any]:
+    """The metrics of the untrained model; a run that goes on finds them in its own log."""
+    if not config.evaluation.before_training:
+        return {}
+    for logged in run.metrics():
+        if logged["step"] == 0:
+            return {k.removeprefix("eval/"): v for k, v in logged.items() if k != "step"}
+    before, _ = _evaluate(task)
+    line = {"step": 0, **_prefixed("eval", before)}
+    run.append_metrics(line)
+    mirror.log(line)
+    return before
+
+
+def _evaluate(task: tasks.Task) -> tuple[dict[str, Any], float]:
+    """Metrics and seconds; torch's generator stays as it was, so that a resumed run is the same."""
+    started = time.perf_counter()
+    with torch.random.fork_rng():
+        metrics = task.evaluate()
+    return metrics, time.perf_counter() - started
+
+
+def _prefixed(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def _command() -> str:
+    """The command that started this process, to repeat it."""
+    return shlex.join([Path(sys.executable).name, *sys.argv])

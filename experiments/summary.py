@@ -1,0 +1,166 @@
+"""What a person reads: the plan, the start and the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from experiments import training
+from experiments.config import RunConfig
+from experiments.hardware import Hardware
+from experiments.optimizers import planned_state_bytes
+from experiments.planning import Plan
+from experiments.tasks import Task
+
+_GIB = 2**30
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB" if num_bytes >= _GIB else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def _schedule(config: RunConfig) -> str:
+    decay = {"linear": "linear decay to 0", "cosine": "cosine decay to 0", "constant": "constant"}
+    after = decay[config.training.schedule]
+    return f"{config.optimizer.lr:g}, {after} after {config.training.warmup_steps} warm-up steps"
+
+
+def of_plan(config: RunConfig, plan: Plan) -> str:
+    train, hardware = config.training, config.hardware
+    length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
+    checkpointing = ", activation checkpointing" if hardware.activation_checkpointing else ""
+    rows = [
+        (
+            "model",
+            f"{config.model.name}, {plan.num_params:,} parameters, {config.model.weights} weights",
+        ),
+        ("task", f"{config.task.name} ({config.scale}), {plan.num_examples:,} examples"),
+        ("training", f"{length} = {plan.num_steps} steps, global batch {train.global_batch_size}"),
+        ("sequence length", f"{config.task.max_length} tokens"),
+        ("learning rate", _schedule(config)),
+        ("optimizer", config.optimizer.name),
+        (
+            "hardware",
+            f"{hardware.name}, {plan.precision}, micro-batch {hardware.micro_batch_size}"
+            f"{checkpointing}",
+        ),
+    ]
+    memory = [
+        ("parameters", _size(plan.param_bytes)),
+        ("gradients", _size(plan.grad_bytes)),
+        (
+            "optimizer state",
+            f"{_size(plan.state_bytes)}, {plan.state_bytes / plan.num_params:.2f} bytes a "
+            f"parameter (AdamW: {_size(plan.adamw_state_bytes)})",
+        ),
+        ("activations", f"{_size(plan.activation_bytes)} (estimate, largest micro-batch)"),
+        ("peak", f"{_size(plan.peak_bytes)}{_verdict(plan, hardware.memory_gib)}"),
+    ]
+    return f"Plan\n{_table(rows)}\n\nPeak memory by part\n{_table(memory)}"
+
+
+def _verdict(plan: Plan, memory_gib: float | None) -> str:
+    if memory_gib is None:
+        return ""
+    spare = memory_gib * _GIB - plan.peak_bytes
+    if spare < 0:
+        return f": {_size(-spare)} more than the card's {memory_gib:g} GiB"
+    return f": fits the card's {memory_gib:g} GiB with {_size(spare)} to spare"
+
+
+def of_start(
+    config: RunConfig,
+    task: Task,
+    hardware: Hardware,
+    folder: Path,
+    checkpoint: dict[str, Any] | None,
+) -> str:
+    params = list(task.model.parameters())
+    num_params = sum(p.numel() for p in params)
+    overlong = (
+        f"; {task.num_overlong_examples} longer than {config.task.max_length} tokens left out"
+        if task.num_overlong_examples
+        else ""
+    )
+    steps = training.num_steps(config.training, task.num_examples)
+    rows = [
+        (
+            "model",
+            f"{config.model.name} ({task.model_source}), {num_params:,} parameters",
+        ),
+        (
+            "data",
+            f"{config.dataset.name} ({task.data_source}), {task.num_examples:,} examples{overlong}",
+        ),
+        (
+            "training",
+            f"{steps} steps of {config.training.global_batch_size} examples on "
+            f"{hardware.device.type}, {hardware.precision}",
+        ),
+        (
+            "optimizer",
+            f"{config.optimizer.name}, learning rate {_schedule(config)}, "
+            f"state {_size(planned_state_bytes(params, config.optimizer))}",
+        ),
+        ("folder", str(folder)),
+    ]
+    if checkpoint is not None:
+        rows.append(("goes on", f"from step {checkpoint['step']}"))
+    return _table(rows)
+
+
+def of_record(record: dict[str, Any], folder: Path) -> str:
+    m = record["metrics"]
+    adamw_bytes = 2 * record["num_params"] * (2 if record["hardware"]["precision"] == "bf16" else 4)
+    rows = [("train loss", f"{m['train/first_loss']:.3f} -> {m['train/last_loss']:.3f}")]
+    rows += [(label, _before_after(m, key)) for label, key in _evaluated(m)]
+    rows += [
+        (
+            "optimizer state",
+            f"{_size(m['memory/state_bytes'])}; AdamW's would take {_size(adamw_bytes)}",
+        ),
+        (
+            "time a step",
+            f"{m['time/training_s'] / record['num_steps']:.2f} s, of which the optimizer "
+            f"{m['time/optimizer_s'] / m['time/training_s']:.1%}",
+        ),
+        ("speed", f"{record['num_tokens'] / m['time/training_s']:.0f} tokens/s"),
+        ("peak memory", _size(m["memory/peak_bytes"])),
+        ("record", str(folder / "record.json")),
+    ]
+    if (folder / "model").exists():
+        rows.append(("model", str(folder / "model")))
+    what = f"{record['optimizer']} on {record['model']}, {record['task']}"
+    return f"\n{what} ({record['scale']} scale, data: {record['data_source']})\n{_table(rows)}"
+
+
+def _evaluated(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """Label and name of every evaluated quantity, standard errors and counts aside."""
+    labels = {"loss": "held-out loss"}
+    names = [
+        key.removeprefix("eval/")
+        for key, value in metrics.items()
+        if key.startswith("eval/") and isinstance(value, float) and "_stderr" not in key
+    ]
+    return [(labels.get(name, name.replace("_", " ").replace(",", ", ")), name) for name in names]
+
+
+def _before_after(metrics: dict[str, Any], name: str) -> str:
+    is_score = "," in name
+    show = (lambda value: f"{value:.1%}") if is_score else (lambda value: f"{value:.3f}")
+    text = show(metrics[f"eval/{name}"])
+    if f"eval_before/{name}" in metrics:
+        text = f"{show(metrics[f'eval_before/{name}'])} -> {text}"
+    if is_score:
+        metric, filter_name = name.split(",")
+        stderr = metrics[f"eval/{metric}_stderr,{filter_name}"]
+        text += (
+            f" ± {stderr:.1%} ({metrics['eval/num_samples']} samples, "
+            f"{metrics['eval/num_fewshot']}-shot)"
+        )
+    return text

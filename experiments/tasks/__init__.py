@@ -1,0 +1,77 @@
+"""Tasks: one file each, all behind the interface `Task`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from experiments.config import RunConfig
+from experiments.errors import ExperimentError
+from experiments.hardware import Hardware
+
+
+class Batch(Protocol):
+    """The input of one forward pass; what else it holds is the task's own affair."""
+
+    num_targets: int  # predictions that the loss sums over
+    num_tokens: int  # work done, for the speed
+
+
+class Task(ABC):
+    """A data set with the model, loss and metrics that go with it."""
+
+    model: torch.nn.Module  # on the device, parameters in their dtype
+    model_source: str
+    data_source: str  # local | hub | generated
+    num_examples: int  # to train on
+    num_overlong_examples: int  # left out because they exceed the maximal length
+
+    @abstractmethod
+    def __init__(self, config: RunConfig, hardware: Hardware) -> None:
+        """Loads data and model; draws random weights, where asked for, from torch's generator."""
+
+    @abstractmethod
+    def micro_batches(self, indices: Sequence[int]) -> list[Any]:
+        """The training examples with these indices as `Batch`es on the device."""
+
+    @staticmethod
+    @abstractmethod
+    def loss_sum(model: torch.nn.Module, batch: Any) -> Tensor:
+        """The loss summed over the batch's targets, a float32 scalar."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, Any]:
+        """Metrics by name; ``loss`` is a target's mean on held-out examples."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes the trained model to a new folder, whole or not at all."""
+
+    @staticmethod
+    @abstractmethod
+    def plan_model(config: RunConfig, dtype: torch.dtype) -> torch.nn.Module:
+        """The model on the meta device: shapes without memory."""
+
+    @staticmethod
+    @abstractmethod
+    def plan_batch(config: RunConfig) -> Any:
+        """The largest batch of one forward pass, on the meta device."""
+
+
+def by_name(name: str) -> type[Task]:
+    """The class of a task.
+
+    Raises:
+        ExperimentError: there is no such task.
+    """
+    from experiments.tasks.gsm8k import GSM8K
+
+    tasks: dict[str, type[Task]] = {"gsm8k": GSM8K}
+    if name not in tasks:
+        raise ExperimentError(f"task.name={name}: known tasks are {', '.join(tasks)}")
+    return tasks[name]

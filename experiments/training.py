@@ -1,0 +1,221 @@
+"""The only training loop: accumulate, clip, step, time, log, checkpoint, resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from experiments import checkpoints
+from experiments.config import RunConfig, TrainingConfig
+from experiments.errors import ExperimentError
+from experiments.hardware import Hardware
+from experiments.records import Mirror, RunFolder
+from experiments.tasks import Task
+
+_LOG_FILE_INTERVAL_S = 15.0  # between two lines of progress where nobody watches a terminal
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+def num_steps(config: TrainingConfig, num_examples: int) -> int:
+    """Optimizer steps of the whole run; an epoch leaves out its last incomplete batch."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(1, math.floor(config.epochs * steps_per_epoch(config, num_examples)))
+
+
+def steps_per_epoch(config: TrainingConfig, num_examples: int) -> int:
+    return max(1, num_examples // config.global_batch_size)
+
+
+def enable_activation_checkpointing(model: torch.nn.Module) -> None:
+    """Keeps only each layer's input for the backward pass and computes the rest again.
+
+    Raises:
+        ExperimentError: the model cannot.
+    """
+    # transformers before 5.21 has only the old name.
+    old_enable = getattr(model, "gradient_checkpointing_enable", None)
+    enable = getattr(model, "activation_checkpointing_enable", old_enable)
+    if enable is None:
+        raise ExperimentError(
+            f"hardware.activation_checkpointing=true: {type(model).__name__} does not support it; "
+            "set it to false"
+        )
+    enable({"use_reentrant": False})
+
+
+class DataOrder:
+    """Which examples a step takes. A function of seed and step alone: the step is the position."""
+
+    def __init__(self, config: TrainingConfig, num_examples: int, seed: int) -> None:
+        self._num_examples = num_examples
+        self._batch_size = config.global_batch_size
+        self._steps_per_epoch = steps_per_epoch(config, num_examples)
+        self._seed = seed
+        self._epoch = -1
+        self._permutation: list[int] = []
+
+    def __getitem__(self, step: int) -> Sequence[int]:
+        epoch, position = divmod(step, self._steps_per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._permutation = torch.randperm(self._num_examples, generator=generator).tolist()
+            self._epoch = epoch
+        start = position * self._batch_size
+        return self._permutation[start : start + self._batch_size]
+
+
+@dataclass
+class Totals:
+    """Sums over all steps, carried through checkpoints."""
+
+    training_s: float = 0.0
+    optimizer_s: float = 0.0
+    checkpoint_s: float = 0.0
+    num_tokens: int = 0
+
+
+def train(
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    hardware: Hardware,
+    run: RunFolder,
+    mirror: Mirror,
+    checkpoint: dict[str, Any] | None,
+) -> Totals:
+    """Trains to the last step, from ``checkpoint`` where there is one.
+
+    Raises:
+        ExperimentError: the loss is no longer finite.
+    """
+    training = config.training
+    last_step = num_steps(training, task.num_examples)
+    order = DataOrder(training, task.num_examples, config.seed)
+    schedule = get_scheduler(
+        _SCHEDULES[training.schedule], optimizer, training.warmup_steps, last_step
+    )
+    totals = Totals()
+    first_step = 0
+    if checkpoint is not None:
+        first_step = checkpoint["step"]
+        totals = Totals(**checkpoint["totals"])
+        task.model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        schedule.load_state_dict(checkpoint["schedule"])
+        _set_rng_state(checkpoint["rng"], hardware)
+    run.rewind_metrics(first_step)
+
+    task.model.train()
+    bar = tqdm(
+        desc="train",
+        total=last_step,
+        initial=first_step,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else _LOG_FILE_INTERVAL_S,
+    )
+    with bar:
+        for step in range(first_step, last_step):
+            metrics = _step(task, optimizer, order[step], training, hardware, totals)
+            schedule.step()
+            metrics["step"] = step + 1
+            run.append_metrics(metrics)
+            mirror.log(metrics)
+            if not math.isfinite(metrics["train/loss"]):
+                raise ExperimentError(
+                    f"the loss became {metrics['train/loss']} at step {step + 1} with "
+                    f"optimizer.lr={config.optimizer.lr:g} (gradient norm "
+                    f"{metrics['train/grad_norm']:.3g}): try a smaller learning rate; "
+                    f"{run.path} keeps the checkpoint before"
+                )
+            bar.set_postfix_str(
+                f"loss {metrics['train/loss']:.3f}, lr {metrics['train/lr']:.1e}, "
+                f"{metrics['speed/tokens_per_s']:.0f} tokens/s",
+                refresh=False,
+            )
+            bar.update()
+            if (step + 1) % training.checkpoint_every_steps == 0 or step + 1 == last_step:
+                started = time.perf_counter()
+                payload = {
+                    "config_hash": run.hash,
+                    "data_source": task.data_source,
+                    "step": step + 1,
+                    "totals": dataclasses.asdict(totals),
+                    "model": task.model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "rng": _rng_state(hardware),
+                }
+                checkpoints.save(run.checkpoints, step + 1, payload)
+                totals.checkpoint_s += time.perf_counter() - started
+    return totals
+
+
+def _step(
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    indices: Sequence[int],
+    training: TrainingConfig,
+    hardware: Hardware,
+    totals: Totals,
+) -> dict[str, Any]:
+    """One optimizer step; returns its metrics and adds to the totals."""
+    hardware.synchronize()
+    started = time.perf_counter()
+    batches = task.micro_batches(indices)
+    num_targets = sum(batch.num_targets for batch in batches)
+    num_tokens = sum(batch.num_tokens for batch in batches)
+
+    # Every target of the global batch weighs the same, however the micro-batches cut it.
+    loss = torch.zeros((), device=hardware.device)
+    for batch in batches:
+        with hardware.autocast():
+            micro_loss = task.loss_sum(task.model, batch) / num_targets
+        micro_loss.backward()
+        loss += micro_loss.detach()
+    max_norm = math.inf if training.max_grad_norm is None else training.max_grad_norm
+    grad_norm = torch.nn.utils.clip_grad_norm_(task.model.parameters(), max_norm)
+
+    hardware.synchronize()
+    optimizer_started = time.perf_counter()
+    optimizer.step()
+    hardware.synchronize()
+    optimizer_s = time.perf_counter() - optimizer_started
+    optimizer.zero_grad()
+
+    step_s = time.perf_counter() - started
+    totals.training_s += step_s
+    totals.optimizer_s += optimizer_s
+    totals.num_tokens += num_tokens
+    return {
+        "train/loss": loss.item(),
+        "train/grad_norm": grad_norm.item(),
+        "train/lr": float(optimizer.param_groups[0]["lr"]),
+        "time/step_s": step_s,
+        "time/optimizer_s": optimizer_s,
+        "speed/tokens_per_s": num_tokens / step_s,
+        "memory/peak_bytes": hardware.peak_bytes(),
+    }
+
+
+def _rng_state(hardware: Hardware) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if hardware.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(hardware.device)
+    return state
+
+
+def _set_rng_state(state: dict[str, torch.Tensor], hardware: Hardware) -> None:
+    torch.set_rng_state(state["cpu"])
+    if hardware.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], hardware.device)

@@ -1,0 +1,58 @@
+"""Entry point: composes the config and executes one run, or many with --multirun."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments import config, hub
+from experiments.errors import ExperimentError
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+def main(composed: DictConfig) -> None:
+    run_config = config.parse(composed)
+    hub.go_offline_if_unreachable()
+    from experiments.runner import execute  # torch and transformers load only when a run starts
+
+    execute(run_config)
+
+
+def _one_sentence(error: BaseException) -> str:
+    """Hydra's and OmegaConf's messages, without their search paths and type dumps."""
+    messages = []
+    current: BaseException | None = error
+    while current is not None:
+        lines = [line.strip() for line in str(current).splitlines() if line.strip()]
+        kept = [line for line in lines if not line.startswith(_NOISE)]
+        messages += [line for line in kept if line not in messages]
+        current = current.__cause__
+    return " ".join(messages)
+
+
+_NOISE = (
+    "full_key:",
+    "object_type=",
+    "reference_type=",
+    "Config search path",
+    "provider=",
+    "Set the env",
+)
+
+
+if __name__ == "__main__":
+    wants_traceback = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here instead of half-printed
+    config.register()
+    try:
+        main()
+    except (ExperimentError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        print(f"error: {_one_sentence(error)}", file=sys.stderr)
+        sys.exit(2)
