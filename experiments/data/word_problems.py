@@ -16,6 +16,8 @@ from experiments.data.word_problem_kinds import KINDS, Problem, RedrawError, Ste
 
 # The smallest kind, fractions_of_a_group, has about twice its share of these many calculations.
 MAX_NUM_EXAMPLES = {"train": 20_000, "test": 5_000}
+# More than 50 times the longest search measured: a kind that needs more has run dry.
+MAX_NUM_DRAWS = 5_000
 
 # How the calculation in front of an annotation is written: 3*4, 3 * 4 or 3 x 4, as in GSM8K.
 SIGN_STYLES: tuple[dict[int, str], ...] = (
@@ -60,7 +62,7 @@ def stream(split: str, seed: int) -> Iterator[tuple[str, dict[str, str]]]:
 
 def _draw(kind: Callable[[Random], Problem], rng: Random, split: str, seen: set[str]) -> Problem:
     """Return a problem of this split whose calculation is not yet in `seen`, and add it there."""
-    while True:
+    for _ in range(MAX_NUM_DRAWS):
         try:
             problem = kind(rng)
         except RedrawError:
@@ -71,6 +73,10 @@ def _draw(kind: Callable[[Random], Problem], rng: Random, split: str, seen: set[
         if split == _split_of(calculation) and calculation not in seen:
             seen.add(calculation)
             return problem
+    raise RuntimeError(
+        f"{kind.__name__} gave no new {split} problem in {MAX_NUM_DRAWS} draws; "
+        "widen the ranges of its numbers"
+    )
 
 
 def _split_of(calculation: str) -> str:

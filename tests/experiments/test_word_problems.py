@@ -11,7 +11,8 @@ from random import Random
 
 import pytest
 
-from experiments.data.word_problem_kinds import KINDS, RedrawError, step
+from experiments.data import word_problems
+from experiments.data.word_problem_kinds import KINDS, Problem, RedrawError, step
 from experiments.data.word_problems import MAX_NUM_EXAMPLES, generate, stream
 
 ANNOTATED = re.compile(r"([\d +*/x-]+?) = (\$?)<<([^<>=]+)=(\d+)>>(\d+)")
@@ -170,6 +171,15 @@ def test_step_refuses_what_would_need_precedence():
 def test_step_redraws_fractions_negative_numbers_and_singulars(expression):
     with pytest.raises(RedrawError):
         step("It is ?.", expression)
+
+
+def test_kind_that_runs_dry_is_an_error_and_no_endless_loop(monkeypatch):
+    def single_sum(rng: Random) -> Problem:
+        return Problem("What is 20 plus 30?", (step("It is ?.", "20+30"),))
+
+    monkeypatch.setattr(word_problems, "KINDS", (single_sum,))
+    with pytest.raises(RuntimeError, match="single_sum gave no new train problem"):
+        generate("train", 2)
 
 
 def test_unknown_split_is_refused():
