@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import torch
 
@@ -41,7 +41,7 @@ class BlockLayout:
     block_size: int = 4096
 
     @classmethod
-    @lru_cache(maxsize=None)
+    @cache
     def of(
         cls, numel: int, window_size: int, density: float, bucket_size: int, block_size: int
     ) -> BlockLayout:
@@ -81,8 +81,8 @@ class BlockLayout:
           ``(step - 1) % window_size``.
         - ``window_indices``, ``window_values``: the sliding window of sparse gradients. Slots of a
           block shorter than the others use only their first entries.
-        - ``error``: the 4-bit codes of the error feedback, two a byte. In byte ``j`` of a bucket the
-          low half is code ``j``, the high half code ``j + bucket_size / 2``.
+        - ``error``: the 4-bit codes of the error feedback, two a byte. In byte ``j`` of a bucket
+          the low half is code ``j``, the high half code ``j + bucket_size / 2``.
         - ``error_min``, ``error_max``: the quantization range of each bucket.
         """
         window = (self.num_blocks, self.window_size, self.k)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from microadam import reference
 from microadam.layout import MAX_BLOCK_SIZE, BlockLayout
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Below it eps could be 0 in float32, and a coordinate without a gradient would become 0 / 0.
+MIN_EPS = torch.finfo(torch.float32).tiny
 
 
 class MicroAdam(Optimizer):
@@ -30,7 +33,7 @@ class MicroAdam(Optimizer):
             device. A group may set every argument below for itself.
         lr: learning rate; a float or a scalar tensor.
         betas: decay rates of the first and second moment.
-        eps: added to the denominator; greater than 0.
+        eps: added to the denominator; a normal float32 number, so greater than 0.
         weight_decay: decoupled weight decay, ``p *= 1 - lr * weight_decay``.
         window_size: sparse gradients kept (paper: m).
         density: share of every block kept a step (paper: k/d).
@@ -87,7 +90,7 @@ class MicroAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._num_skipped_blocks = {}
+        self.__dict__.setdefault("_num_skipped_blocks", {})  # load_state_dict comes here too
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, checked as in the constructor."""
@@ -123,72 +126,70 @@ class MicroAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        grad_scale = getattr(self, "grad_scale", None)
-        found_inf = getattr(self, "found_inf", None)
-        first_ordinal = 0
+        # One call of the fused step takes all parameters of a group that share device and dtypes.
+        # All are gathered first: where one gradient or state does not fit, nothing moves.
+        calls: list[tuple[dict[str, Any], list[_Item]]] = []
+        ordinal = 0
         for group in self.param_groups:
-            self._step_group(group, first_ordinal, grad_scale, found_inf)
-            first_ordinal += len(group["params"])
+            batches: dict[tuple[Any, ...], list[_Item]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    _check_gradient(p.grad, ordinal)
+                    item = _Item(ordinal, p, p.grad, self._state_of(p, group))
+                    batches[p.device, p.dtype, p.grad.dtype].append(item)
+                ordinal += 1
+            calls += [(group, batch) for batch in batches.values()]
+        for group, batch in calls:
+            self._step_batch(group, batch)
         return loss
 
-    def _step_group(
-        self,
-        group: dict[str, Any],
-        first_ordinal: int,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        # One call of the fused step takes all parameters that share device and dtypes.
-        batches: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = defaultdict(list)
-        for ordinal, p in enumerate(group["params"], first_ordinal):
-            if p.grad is not None:
-                _check_gradient(p.grad, ordinal)
-                batches[p.device, p.dtype, p.grad.dtype].append((ordinal, p))
-
+    def _step_batch(self, group: dict[str, Any], batch: list[_Item]) -> None:
+        device = batch[0].param.device
         lr = group["lr"]
-        for (device, _, _), batch in batches.items():
-            states = [self._state_of(p, group) for _, p in batch]
-            flat_params = [_StorageOrder(p) for _, p in batch]
-            reference.step_(
-                [flat.values for flat in flat_params],
-                [flat.aligned(p.grad) for flat, (_, p) in zip(flat_params, batch, strict=True)],
-                [state["step"] for state in states],
-                [state["window_indices"] for state in states],
-                [state["window_values"] for state in states],
-                [state["error"] for state in states],
-                [state["error_min"] for state in states],
-                [state["error_max"] for state in states],
-                self._skipped_blocks_on(device),
-                lr.to(device) if isinstance(lr, Tensor) else None,
-                None if grad_scale is None else grad_scale.to(device),
-                None if found_inf is None else found_inf.to(device),
-                lr=0.0 if isinstance(lr, Tensor) else lr,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                density=group["density"],
-                block_size=group["block_size"],
-                bucket_size=group["bucket_size"],
-                stochastic_rounding=group["stochastic_rounding"],
-                seed=group["seed"],
-                ordinals=[ordinal for ordinal, _ in batch],
-            )
-            for flat in flat_params:
-                flat.write_back()
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        flat_params = [_StorageOrder(item.param) for item in batch]
+        reference.step_(
+            [flat.values for flat in flat_params],
+            [flat.arrange(item.grad) for flat, item in zip(flat_params, batch, strict=True)],
+            [item.state["step"] for item in batch],
+            [item.state["window_indices"] for item in batch],
+            [item.state["window_values"] for item in batch],
+            [item.state["error"] for item in batch],
+            [item.state["error_min"] for item in batch],
+            [item.state["error_max"] for item in batch],
+            self._skipped_blocks_on(device),
+            lr.to(device) if isinstance(lr, Tensor) else None,
+            None if grad_scale is None else grad_scale.to(device),
+            None if found_inf is None else found_inf.to(device),
+            lr=0.0 if isinstance(lr, Tensor) else lr,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            density=group["density"],
+            block_size=group["block_size"],
+            bucket_size=group["bucket_size"],
+            stochastic_rounding=group["stochastic_rounding"],
+            seed=group["seed"],
+            ordinals=[item.ordinal for item in batch],
+        )
+        for flat in flat_params:
+            flat.write_back()
 
-    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[p]
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[p]
         layout = _layout_of(p, group)
         if not state:
             state.update(layout.new_state(p.device))
-        elif state["window_indices"].shape != layout.state_spec["window_indices"][0]:
-            raise ValueError(
-                f"the state of a parameter with {p.numel()} elements has a window of shape "
-                f"{tuple(state['window_indices'].shape)}, but its group's window_size, density and "
-                f"block_size ask for {layout.state_spec['window_indices'][0]}: they cannot change "
-                "once a parameter has taken a step; create a new optimizer"
-            )
+        for name, (shape, _) in layout.state_spec.items():
+            if state[name].shape != shape:
+                raise ValueError(
+                    f"{name} of a parameter with {p.numel()} elements has shape "
+                    f"{tuple(state[name].shape)}, but its group's window_size, density, block_size "
+                    f"and bucket_size ask for {shape}: they cannot change once a parameter has "
+                    "taken a step; create a new optimizer"
+                )
         return state
 
     def _skipped_blocks_on(self, device: torch.device) -> Tensor:
@@ -221,11 +222,32 @@ class MicroAdam(Optimizer):
             ValueError: the groups differ in number or size, or a state tensor is missing or has
                 another shape or dtype than the parameter needs.
         """
-        new_state = self._checked_state(state_dict)
-        super().load_state_dict({**state_dict, "state": {}})
-        self.state.update(new_state)
+        new_state: dict[Tensor, dict[str, Tensor]] = {}
+
+        def take_state(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            new_state.update(self._checked_state(state_dict))
+            return {**state_dict, "state": {}}
+
+        # As hooks, the last before and the first after the base class's work, so that hooks of the
+        # user see and may change the whole state.
+        hooks = (
+            self.register_load_state_dict_pre_hook(take_state),
+            self.register_load_state_dict_post_hook(
+                lambda _: self.state.update(new_state), prepend=True
+            ),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _checked_state(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(
+                f"the saved state has the entries {sorted(map(str, state_dict))[:5]}, not state "
+                "and param_groups: pass what MicroAdam.state_dict() returned"
+            )
         saved_groups = state_dict["param_groups"]
         saved_sizes = [len(group["params"]) for group in saved_groups]
         own_sizes = [len(group["params"]) for group in self.param_groups]
@@ -236,56 +258,55 @@ class MicroAdam(Optimizer):
             )
         new_state = {}
         for saved_group, own_group in zip(saved_groups, self.param_groups, strict=True):
+            # The base class adds "differentiable" to the defaults of a copy.
+            missing = sorted(self.defaults.keys() - saved_group.keys() - {"differentiable"})
+            if missing:
+                raise ValueError(
+                    f"a parameter group of the saved state has no {', '.join(missing)}: it was "
+                    "written by another optimizer"
+                )
+            _check_hyperparameters(saved_group)
             for index, p in zip(saved_group["params"], own_group["params"], strict=True):
                 if index in state_dict["state"]:
                     saved = state_dict["state"][index]
                     _check_state(saved, _layout_of(p, saved_group), index)
                     new_state[p] = {
-                        name: value.detach().to(p.device, copy=True)
+                        name: value.detach().to(
+                            p.device, copy=True, memory_format=torch.contiguous_format
+                        )
                         for name, value in saved.items()
                     }
         return new_state
 
 
-class _StorageOrder:
-    """A parameter's elements as a 1-D tensor in the order they lie in memory.
+class _Item(NamedTuple):
+    """A parameter that takes part in a step."""
 
-    A dense tensor of any memory format is viewed; only one with gaps or overlaps is copied, and
-    then `write_back` puts the result where it belongs.
+    ordinal: int  # its position in the optimizer
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+
+
+class _StorageOrder:
+    """A parameter's elements as a 1-D contiguous tensor in the order they lie in memory.
+
+    A dense tensor of any memory format is viewed; only one with gaps is copied, and then
+    `write_back` puts the result where it belongs.
     """
 
     def __init__(self, p: Tensor) -> None:
-        self.param = p
-        self.is_view = _is_dense(p)
-        self.values = _flat_view(p) if self.is_view else p.flatten()
+        self._dims = sorted(range(p.dim()), key=p.stride, reverse=True)
+        self._param = p.detach().permute(self._dims)
+        self.values = self.arrange(p)
 
-    def aligned(self, grad: Tensor) -> Tensor:
-        """The gradient's elements in the same order; copied only where its strides differ."""
-        if not self.is_view:
-            return grad.reshape(-1)
-        if grad.stride() == self.param.stride():
-            return _flat_view(grad)
-        same_strides = torch.empty_like(self.param, dtype=grad.dtype)
-        return _flat_view(same_strides.copy_(grad))
+    def arrange(self, t: Tensor) -> Tensor:
+        """The elements of a tensor of the parameter's shape in that order; a view if possible."""
+        return t.detach().permute(self._dims).contiguous().view(-1)
 
     def write_back(self) -> None:
-        if not self.is_view:
-            self.param.copy_(self.values.view(self.param.shape))
-
-
-def _is_dense(t: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, each once (`contiguous` up to order)."""
-    expected = 1
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def _flat_view(t: Tensor) -> Tensor:
-    return t.detach().as_strided((t.numel(),), (1,))
+        if not self._param.is_contiguous():
+            self._param.copy_(self.values.view(self._param.shape))
 
 
 def _layout_of(p: Tensor, group: dict[str, Any]) -> BlockLayout:
@@ -314,8 +335,8 @@ def _check_gradient(grad: Tensor, ordinal: int) -> None:
 def _check_state(saved: dict[str, Any], layout: BlockLayout, index: int) -> None:
     if saved.keys() != layout.state_spec.keys():
         raise ValueError(
-            f"the saved state of parameter {index} has the entries {sorted(saved)}, MicroAdam needs "
-            f"{sorted(layout.state_spec)}: it was written by another optimizer"
+            f"the saved state of parameter {index} has the entries {sorted(saved)}, MicroAdam "
+            f"needs {sorted(layout.state_spec)}: it was written by another optimizer"
         )
     for name, (shape, dtype) in layout.state_spec.items():
         value = saved[name]
@@ -329,6 +350,21 @@ def _check_state(saved: dict[str, Any], layout: BlockLayout, index: int) -> None
                 f"{name} of parameter {index} in the saved state is {found}, expected {dtype} of "
                 f"shape {shape}: the state belongs to another model or other hyperparameters"
             )
+    # An index out of its block would let a native kernel write outside the parameter.
+    for segment in layout.segments:
+        blocks = slice(segment.first_block, segment.first_block + segment.num_blocks)
+        lowest, highest = saved["window_indices"][blocks, :, : segment.k].aminmax()
+        if lowest < 0 or highest >= segment.length:
+            raise ValueError(
+                f"window_indices of parameter {index} in the saved state reach from {int(lowest)} "
+                f"to {int(highest)} in a block of {segment.length}: the file is damaged; load an "
+                "older checkpoint"
+            )
+    if saved["step"] < 0:
+        raise ValueError(
+            f"step of parameter {index} in the saved state is {int(saved['step'])}: the file is "
+            "damaged; load an older checkpoint"
+        )
 
 
 def _is_int(value: object) -> bool:
@@ -340,33 +376,39 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
         if not is_valid:
             raise ValueError(f"{name}={group[name]!r}: {remedy}")
 
+    def require_number(name: str, low: float, remedy: str) -> None:
+        # NaN compares false, so it is refused here too.
+        value = group[name]
+        require(isinstance(value, Real) and low <= float(value) < float("inf"), name, remedy)
+
     lr = group["lr"]
     if isinstance(lr, Tensor):
         require(lr.numel() == 1, "lr", "a tensor learning rate must have exactly one element")
+        require(0 <= lr.item() < float("inf"), "lr", "must be a finite number of 0 or more")
     else:
-        require(math.isfinite(lr) and lr >= 0, "lr", "the learning rate must be 0 or more")
+        require_number("lr", 0, "must be a finite number of 0 or more")
     betas = group["betas"]
     require(
-        len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        isinstance(betas, Sequence)
+        and len(betas) == 2
+        and all(isinstance(beta, Real) and 0 <= float(beta) < 1 for beta in betas),
         "betas",
-        "both must be at least 0 and less than 1",
+        "must be two numbers of at least 0 and less than 1",
     )
+    require_number(
+        "eps", MIN_EPS, f"must be a finite number of {MIN_EPS} or more, not 0 in float32"
+    )
+    require_number("weight_decay", 0, "must be a finite number of 0 or more")
+    window_size = group["window_size"]
     require(
-        math.isfinite(group["eps"]) and group["eps"] > 0,
-        "eps",
-        "must be greater than 0, or a gradient whose square underflows divides by zero",
+        _is_int(window_size) and window_size >= 1, "window_size", "must be an integer of 1 or more"
     )
+    density = group["density"]
     require(
-        math.isfinite(group["weight_decay"]) and group["weight_decay"] >= 0,
-        "weight_decay",
-        "must be 0 or more",
+        isinstance(density, Real) and 0 < float(density) <= 1,
+        "density",
+        "must be a number greater than 0 and at most 1",
     )
-    require(
-        _is_int(group["window_size"]) and group["window_size"] >= 1,
-        "window_size",
-        "must be an integer of 1 or more",
-    )
-    require(0 < group["density"] <= 1, "density", "must be greater than 0 and at most 1")
     bucket_size = group["bucket_size"]
     require(
         _is_int(bucket_size) and bucket_size >= 2 and bucket_size % 2 == 0,
@@ -380,4 +422,13 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
         f"must be a multiple of bucket_size={bucket_size} and at most {MAX_BLOCK_SIZE}, "
         "so that an index inside a block fits int16",
     )
-    require(_is_int(group["seed"]) and 0 <= group["seed"] < 2**64, "seed", "must fit 64 bits")
+    require(
+        isinstance(group["stochastic_rounding"], bool),
+        "stochastic_rounding",
+        "must be True or False",
+    )
+    require(
+        _is_int(group["seed"]) and 0 <= group["seed"] < 2**64,
+        "seed",
+        "must be an integer of at least 0 and less than 2**64",
+    )
