@@ -1,10 +1,10 @@
 """Judges one step of `MicroAdam` against the oracle, teacher-forced.
 
-A free run cannot be compared: one rounding tie sends two correct implementations apart for good. So every
-step is judged alone: the oracle starts from the state the optimizer had, and wherever the optimizer had to
-round, what it stored must be a correct rounding of what the oracle holds, within float32's own error. What
-follows from a stored number (codes from a bucket's limits, parameters from the window) is judged from
-the number that was stored.
+A free run cannot be compared: one rounding tie sends two correct implementations apart for good.
+So every step is judged alone: the oracle starts from the state the optimizer had, and wherever the
+optimizer had to round, what it stored must be a correct rounding of what the oracle holds, within
+float32's own error. What follows from a stored number (codes from a bucket's limits, parameters
+from the window) is judged from the number that was stored.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from microadam import MicroAdam
 from tests.microadam import oracle
 from tests.microadam.oracle import Floats, Hyperparameters, State
 
-# Every tolerance of the comparison: how far float32 may be from float64, as a multiple of the magnitudes
-# that were added. Half a unit in the last place of float32 is 2^-24. Sums whose terms are exact (a first
-# step: no error feedback yet) get no tolerance, so ties are judged exactly there.
+# Every tolerance of the comparison: how far float32 may be from float64, as a multiple of the
+# magnitudes that were added. Half a unit in the last place of float32 is 2^-24. Sums without an
+# error feedback (a first step) are exact and get no tolerance, so that ties are judged there.
 TOLERANCES = {
     # max - min, / 15, code * unit, + min, + gradient: 5 roundings, relative to each term
     "accumulator": 2.0**-21,
@@ -65,12 +65,12 @@ def to_numpy(t: Tensor) -> Floats:
 def in_storage_order(t: Tensor, like: Tensor) -> Floats:
     """The elements of `t` (numel,), ordered by where those of `like` lie in memory."""
     address = torch.arange(like.untyped_storage().nbytes() // like.element_size())
-    order = address.as_strided(like.shape, like.stride()).flatten().argsort()
-    return to_numpy(t).ravel()[order.numpy()]
+    order = address.as_strided(like.shape, like.stride()).numpy().ravel().argsort()
+    return to_numpy(t).ravel()[order]
 
 
 def read_state(state: dict[str, Tensor], numel: int, hyper: Hyperparameters) -> State:
-    """The optimizer's state of a parameter as the oracle holds it; before the first step the initial one."""
+    """A parameter's state as the oracle holds it; the initial one before the first step."""
     if not state:
         return oracle.initial_state(numel, hyper)
     return State(
@@ -139,9 +139,7 @@ def judge_parameter(
     accumulator = oracle.accumulate(before.gradient, before.state, hyper.bucket_size)
     error = accumulator_error(before, hyper.bucket_size)
     num_skipped = 0
-    for block, (start, stop) in enumerate(
-        oracle.block_ranges(accumulator.size, hyper.block_size)
-    ):
+    for block, (start, stop) in enumerate(oracle.block_ranges(accumulator.size, hyper.block_size)):
         elements = slice(start, stop)
         if not oracle.is_finite_block(accumulator[elements]):
             num_skipped += 1
@@ -175,7 +173,7 @@ def judge_parameter(
 
 
 def accumulator_error(before: Snapshot, bucket_size: int) -> Floats:
-    """How far the accumulator in float32 may be from the oracle's (numel,); 0 where nothing is rounded."""
+    """How far float32's accumulator may be from the oracle's (numel,); 0 where it is exact."""
     bucket = np.arange(before.gradient.size) // bucket_size
     minimum = np.abs(before.state.minimum)[bucket]
     maximum = np.abs(before.state.maximum)[bucket]
@@ -212,7 +210,7 @@ def judge_window(
     k = oracle.num_selected(accumulator.size, hyper)
     selected = after.indices[block, slot, :k]
     assert np.all(np.diff(selected) > 0), "entries of a slot stand in ascending index order"
-    assert np.all((0 <= selected) & (selected < accumulator.size))
+    assert np.all((selected >= 0) & (selected < accumulator.size))
 
     if not error.any():
         np.testing.assert_array_equal(selected, oracle.select(accumulator, k))
@@ -238,7 +236,7 @@ def judge_window(
 def judge_bucket(
     residual: Floats, error: Floats, minimum: float, maximum: float, codes: np.ndarray
 ) -> None:
-    """Limits may differ where bfloat16 rounding ties, codes where (a - min) / u + 0.5 is nearly whole."""
+    """Limits may differ at ties of bfloat16, codes where (a - min) / u + 0.5 is nearly whole."""
     for limit, reduce in [(minimum, np.min), (maximum, np.max)]:
         lowest, highest = oracle.BFLOAT16.round(
             np.array([reduce(residual - error), reduce(residual + error)])

@@ -1,11 +1,12 @@
 """MicroAdam in NumPy float64: the judge of every implementation in the package.
 
-Written from the numerical contract alone, element by element where that is the clearest way to say it, and
-sharing no code with the package. Nothing is rounded but what the contract stores: bfloat16 values and bucket
-limits, int16 indices, 4-bit codes. An implementation that works in float32 may therefore differ where two
-candidates lie closer together than float32 can tell; `judge.py` says by how much.
+Written from the numerical contract alone, element by element where that is the clearest way to say
+it, and sharing no code with the package. Nothing is rounded but what the contract stores: bfloat16
+values and bucket limits, int16 indices, 4-bit codes. An implementation that works in float32 may
+therefore differ where two candidates lie closer together than float32 can tell; `judge.py` says by
+how much.
 
-All arrays are one-dimensional over the parameter's elements in storage order unless their shape is given.
+Arrays are one-dimensional over elements in storage order unless their shape is given.
 """
 
 from __future__ import annotations
@@ -89,12 +90,9 @@ def unpack_codes(error: NDArray[np.uint8], numel: int, bucket_size: int) -> Inte
     """4-bit codes (numel,) from bytes: the low half of byte j of a bucket is code j, the high half
     code j + bucket_size / 2."""
     half = bucket_size // 2
-    codes = []
-    for element in range(numel):
-        bucket, position = divmod(element, bucket_size)
-        byte = int(error[bucket * half + position % half])
-        codes.append(byte & 15 if position < half else byte >> 4)
-    return np.array(codes, np.int64)
+    bucket, position = np.divmod(np.arange(numel), bucket_size)
+    byte = error[bucket * half + position % half].astype(np.int64)
+    return np.where(position < half, byte & 15, byte >> 4)
 
 
 # Rounding
@@ -140,7 +138,7 @@ def is_finite_block(accumulator: Floats) -> bool:
 
 
 def select(accumulator: Floats, k: int) -> Integers:
-    """Contract 3, one block: ascending positions of the k largest magnitudes, the lower first among equals."""
+    """Contract 3, one block: ascending positions of the k largest magnitudes, ties to the first."""
     by_magnitude = sorted(range(accumulator.size), key=lambda i: (-abs(accumulator[i]), i))
     return np.array(sorted(by_magnitude[:k]), np.int64)
 
@@ -215,7 +213,7 @@ def bias_corrections(step: int, hyper: Hyperparameters) -> tuple[float, float]:
 
 
 def adam_direction(moments: Moments, step: int, hyper: Hyperparameters) -> Floats:
-    """m_hat / (sqrt(v_hat) + eps), and 0 outside the window, where eps = 0 would divide by nothing."""
+    """Contract 7: m_hat / (sqrt(v_hat) + eps), and 0 outside the window."""
     correction1, correction2 = bias_corrections(step, hyper)
     denominator = np.sqrt(correction2 * moments.z2) + hyper.eps
     direction = np.zeros_like(moments.z1)
@@ -229,7 +227,8 @@ def take_step(
     """One step of one parameter.
 
     Returns:
-        The parameter before rounding to its dtype (numel,), the new state, the number of non-finite blocks.
+        The parameter before rounding to its dtype (numel,), the new state, and how many blocks
+        were not finite.
     """
     parameter = parameter.copy()
     new = replace(

@@ -1,7 +1,8 @@
 """Every step of the optimizer is the step of the oracle.
 
-Block and bucket sizes are small here, so that a parameter of a few hundred elements has many blocks, a shorter
-last one and a shorter last bucket. `judge.step_and_judge` asserts; a test only sets the scene.
+Block and bucket sizes are small here, so that a parameter of a few hundred elements has many
+blocks, a shorter last one and a shorter last bucket. `judge.step_and_judge` asserts; a test only
+sets the scene.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from microadam import MicroAdam, reference
 from tests.microadam import oracle
+from tests.microadam.helpers import (
+    DEVICES,
+    DTYPES,
+    SMALL_BLOCKS,
+    new_parameter,
+    set_gradient,
+)
 from tests.microadam.judge import step_and_judge
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
-SMALL_BLOCKS = {"block_size": 128, "bucket_size": 64, "density": 0.05, "window_size": 3}
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,6 @@ GRADIENT_KINDS = (
 )
 
 
-def new_parameter(numel: int, dtype: torch.dtype, rng: np.random.Generator, device: str) -> Tensor:
-    values = torch.from_numpy(rng.standard_normal(numel)).to(device, dtype)
-    p = values.requires_grad_()
-    p.grad_dtype = None  # the gradient may have a dtype of its own
-    return p
-
-
-def set_gradient(p: Tensor, numbers: np.ndarray, dtype: torch.dtype | None = None) -> None:
-    p.grad = torch.from_numpy(numbers).to(p.device, dtype or p.dtype)
-
-
 @st.composite
 def hyperparameter_sets(draw: st.DrawFn) -> dict:
     bucket_size = draw(st.sampled_from([6, 16, 64]))
@@ -82,7 +74,7 @@ def hyperparameter_sets(draw: st.DrawFn) -> dict:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=120)
+@settings(max_examples=200)
 @given(
     hyper=hyperparameter_sets(),
     numel=st.sampled_from([0, 1, 2, 63, 64, 65]) | st.integers(0, 300),
@@ -109,7 +101,7 @@ def test_steps_agree_with_the_oracle(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(
     hyper=hyperparameter_sets(),
     numel=st.integers(1, 300),
@@ -158,8 +150,8 @@ def test_every_kind_of_gradient_past_a_full_window(
 def test_default_blocks_at_awkward_sizes(device: str, numel: int, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(numel)
     p = new_parameter(numel, dtype, rng, device)
-    optimizer = MicroAdam([p], window_size=2)
-    for _ in range(3):
+    optimizer = MicroAdam([p])
+    for _ in range(2):
         set_gradient(p, rng.standard_normal(numel))
         step_and_judge(optimizer)
 
@@ -187,6 +179,20 @@ def test_lower_index_wins_a_tie(device: str) -> None:
     p.grad[100] = -1.0
     step_and_judge(optimizer)
     assert optimizer.state[p]["window_indices"][:, 0].tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_half_a_unit_is_quantized_upwards(device: str) -> None:
+    """floor(x + 0.5), not round() to even; limits of 0 and 15 make the unit 1 and ties exact."""
+    p = torch.zeros(64, device=device, requires_grad=True)
+    optimizer = MicroAdam([p])
+    gradient = np.zeros(64)
+    gradient[:8] = [0.0, 0.5, 1.5, 2.5, 2.4375, 13.5, 14.5, 15.0]
+    gradient[63] = 100.0  # goes to the window
+    set_gradient(p, gradient)
+    step_and_judge(optimizer)
+    low_half = optimizer.state[p]["error"][:8] & 15
+    assert low_half.tolist() == [0, 1, 2, 3, 2, 14, 15, 15]
 
 
 @pytest.mark.parametrize("device", DEVICES)
