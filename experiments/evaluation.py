@@ -16,6 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from experiments.config import EvaluationConfig
 
 
+def task_config(task_file: str) -> dict[str, Any]:
+    """A task of the harness as it ships; ``task_file`` lies below ``lm_eval/tasks``."""
+    return yaml.safe_load((Path(lm_eval.tasks.__file__).parent / task_file).read_text())
+
+
 def run_harness(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -28,7 +33,7 @@ def run_harness(
     """One task of the harness as it ships, but reading ``files`` instead of the hub.
 
     Args:
-        task_file: the task's file below ``lm_eval/tasks``.
+        task_file: as for `task_config`.
         files: a JSON-lines file for each split.
         num_rows: rows of the evaluated split, to check that all that were asked for are evaluated.
         seed: chooses the few-shot examples.
@@ -42,7 +47,7 @@ def run_harness(
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    task = yaml.safe_load((Path(lm_eval.tasks.__file__).parent / task_file).read_text())
+    task = task_config(task_file)
     name = task["task"]
     task["dataset_path"] = "json"
     task["dataset_name"] = None

@@ -35,7 +35,7 @@ class Plan:
         return self.param_bytes + self.grad_bytes + self.state_bytes + self.activation_bytes
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Follows the storages made while it is active and remembers the most bytes alive at once."""
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ def _activation_bytes(task: Any, model: torch.nn.Module, batch: Any, precision: 
         p.grad = torch.zeros_like(p)
         grads.append(p.grad)
     model.train()
-    live = _LiveBytes()
+    live = LiveBytes()
     for tensor in [*model.parameters(), *model.buffers(), *grads]:
         live.ignore(tensor)
     amp = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16_amp")

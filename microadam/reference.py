@@ -17,8 +17,9 @@ from microadam.layout import BlockLayout, Segment
 from microadam.rounding import round_to_dtype
 
 # An accumulator at or beyond this magnitude counts as infinite: summed over a window, or as the
-# range of a bucket, it could overflow float32 and then never leave the error feedback again.
-MAX_MAGNITUDE = 2.0**120
+# range of a bucket, it could overflow float32 and then never leave the error feedback again. The
+# bound lies halfway between two bfloat16 numbers, so that what is stored rounds to below it too.
+MAX_MAGNITUDE = 2.0**120 - 2.0**111
 
 NUM_LEVELS = 15  # 4 bits: codes 0 to 15
 
@@ -249,7 +250,7 @@ def step_(
         window_indices, window_values, error, error_min, error_max: the state, shaped as
             `BlockLayout.state_spec` says. Written.
         num_skipped_blocks: int64 scalar; grows by the blocks left as they were because their
-            accumulator held a NaN, an Inf or a magnitude of 2^120 or more.
+            accumulator held a NaN, an Inf or a magnitude of `MAX_MAGNITUDE` or more.
         lr_tensor: scalar learning rate; replaces ``lr`` where given.
         grad_scale: scalar that the gradients were multiplied by (``GradScaler``); None for 1.
         found_inf: scalar; where it is not 0 nothing at all is changed.

@@ -14,6 +14,11 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def pytest_configure() -> None:
+    """Nothing is fetched. The hub's libraries read this once, when they are imported."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:

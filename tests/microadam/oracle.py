@@ -23,7 +23,7 @@ Integers = NDArray[np.int64]
 NUM_CODES = 16  # 4 bits
 HIGHEST_CODE = NUM_CODES - 1
 # A block with an accumulator entry this large counts as non-finite.
-MAGNITUDE_LIMIT = 2.0**120
+MAGNITUDE_LIMIT = 2.0**120 - 2.0**111
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from microadam import MicroAdam
+from microadam import MicroAdam, reference
 from tests.microadam.helpers import (
     DTYPES,
     SMALL_BLOCKS,
@@ -422,6 +422,19 @@ def test_only_the_block_with_a_non_finite_gradient_is_skipped(
         assert moved[256:].any()
         assert moved[128:256].any() != is_skipped
     assert optimizer.num_skipped_blocks() == 1
+    assert p.isfinite().all()
+
+
+def test_the_largest_residual_does_not_shut_its_block_for_good(rng: np.random.Generator) -> None:
+    """Rounded to bfloat16 it was the limit itself: every later step skipped the block."""
+    optimizer = new_optimizer(rng, 64, dtype=torch.float32)
+    (p,) = parameters_of(optimizer)
+    p.grad = torch.full((64,), float(np.nextafter(np.float32(reference.MAX_MAGNITUDE), 0)))
+    optimizer.step()
+    p.grad = torch.zeros(64)
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.num_skipped_blocks() == 0
     assert p.isfinite().all()
 
 

@@ -1,0 +1,34 @@
+"""Composing configs as the command line does, and a place of their own for files they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from experiments import config
+from experiments.config import RunConfig
+from tests.experiments.helpers import ROOT, Compose
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is left behind in the user's cache, and nothing found there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MICROADAM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def composed(tmp_path: Path) -> Compose:
+    """Composes a config from command-line overrides; results go to a temporary folder."""
+
+    def compose_run(*overrides: str) -> RunConfig:
+        config.register()
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            results = f"results_dir={tmp_path / 'results'}"
+            return config.parse(compose("config", overrides=[results, *overrides]))
+
+    return compose_run

@@ -1,0 +1,80 @@
+"""Prompts, targets and the loss on the answer alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from experiments import evaluation, models
+from experiments.tasks import causal_lm
+from experiments.tasks.causal_lm import Example
+from experiments.tasks.gsm8k import prompt_of
+from tests.experiments.helpers import Compose
+
+ROW = {"question": "What is 2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}
+
+
+@pytest.fixture
+def tiny(composed: Compose) -> models.LoadedModel:
+    torch.manual_seed(0)
+    return models.load_causal_lm(composed("scale=smoke").model)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor) -> str:
+    return tokenizer.decode(tokens[tokens >= 0])
+
+
+def test_the_prompt_is_the_one_the_harness_gives_the_model(tiny: models.LoadedModel) -> None:
+    task = evaluation.task_config("gsm8k/gsm8k.yaml")
+    harness_prompt = task["doc_to_text"].replace("{{question}}", ROW["question"])
+    assert prompt_of(ROW) == harness_prompt
+    example = causal_lm.encode(tiny.tokenizer, prompt_of(ROW), f" {ROW['answer']}")
+    harness = HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer)
+    assert example.tokens[: example.num_prompt_tokens] == harness.tok_encode(harness_prompt)
+
+
+def test_the_targets_are_the_answer_and_the_end_of_text(tiny: models.LoadedModel) -> None:
+    tokenizer = tiny.tokenizer
+    short = causal_lm.encode(tokenizer, "Q: 1?\nA:", " 1")
+    long = causal_lm.encode(tokenizer, prompt_of(ROW), f" {ROW['answer']}")
+    batch = causal_lm.collate([long, short], tokenizer.pad_token_id)
+    assert _decode(tokenizer, batch.targets[0]) == f" {ROW['answer']}</s>"
+    assert _decode(tokenizer, batch.targets[1]) == " 1</s>"
+    assert batch.num_targets == int((batch.targets >= 0).sum())
+    assert batch.num_tokens == len(long.tokens) + len(short.tokens)
+
+
+def test_the_loss_equals_one_computed_example_by_example(tiny: models.LoadedModel) -> None:
+    """Padding and skipped positions must not show: each example alone gives the same sum."""
+    torch.manual_seed(1)
+    examples = [
+        Example(torch.randint(3, 259, (length,)).tolist(), num_prompt)
+        for length, num_prompt in ((5, 1), (23, 9), (40, 39), (12, 11))
+    ]
+    expected = torch.zeros(())
+    for example in examples:
+        tokens = torch.tensor([example.tokens])
+        logits = tiny.model(input_ids=tokens).logits
+        answer = slice(example.num_prompt_tokens, None)
+        expected += F.cross_entropy(
+            logits[0, answer.start - 1 : -1], tokens[0, answer], reduction="sum"
+        )
+    batch = causal_lm.collate(examples, tiny.tokenizer.pad_token_id)
+    torch.testing.assert_close(causal_lm.loss_sum(tiny.model, batch), expected)
+
+
+def test_the_byte_tokenizer_gives_every_text_back(tiny: models.LoadedModel) -> None:
+    text = "Ünïcode, tabs\tand  two spaces\n\n#### 42 \U0001f600"
+    tokens = tiny.tokenizer.encode(text)
+    assert tiny.tokenizer.decode(tokens) == text
+    assert max(tokens) < 259
+
+
+def test_the_planned_largest_batch_is_no_smaller_than_a_real_one(tiny: models.LoadedModel) -> None:
+    planned = causal_lm.largest_batch(4, 64, torch.device("cpu"))
+    model: PreTrainedModel = tiny.model
+    assert planned.num_targets == 4 * 63
+    assert causal_lm.loss_sum(model, planned).isfinite()

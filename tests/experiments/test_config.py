@@ -1,0 +1,145 @@
+"""Every config file composes, and a slip of the pen is one clear sentence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from itertools import product
+
+import pytest
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.config import MicroAdamConfig, run_hash
+from experiments.errors import ExperimentError
+from tests.experiments.helpers import ROOT, Compose
+
+GROUPS = ("model", "dataset", "optimizer", "hardware", "logger")
+
+
+def _names(group: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        (group, name)
+        for group in ("model", "optimizer", "hardware", "logger")
+        for name in _names(group)
+    ],
+)
+def test_every_choice_of_every_group_composes(composed: Compose, group: str, name: str) -> None:
+    config = composed(f"{group}={name}")
+    assert getattr(config, group).name == name
+
+
+@pytest.mark.parametrize(("task", "scale"), list(product(_names("task"), _names("scale"))))
+def test_every_task_has_a_preset_at_every_scale(composed: Compose, task: str, scale: str) -> None:
+    config = composed(f"task={task}", f"scale={scale}")
+    assert (config.task.name, config.scale) == (task, scale)
+
+
+def test_every_sweep_composes_and_the_grid_is_the_papers() -> None:
+    assert _names("sweep") == ["lr_grid"]
+    shown = _run("+sweep=lr_grid", "--cfg", "hydra", "--package", "hydra.sweeper.params").stdout
+    assert "1e-6,3e-6,5e-6,7e-6,1e-5,3e-5,5e-5,7e-5" in shown
+
+
+def test_the_paper_preset_is_the_authors_recipe(composed: Compose) -> None:
+    config = composed("task=gsm8k", "scale=paper", "hardware=a100_80gb")
+    assert config.model.name == "llama2_7b"
+    assert (config.training.global_batch_size, config.training.epochs) == (32, 3)
+    assert (config.training.warmup_steps, config.training.schedule) == (20, "linear")
+    assert config.task.max_length == 512
+    assert config.hardware.precision == "bf16"
+    assert isinstance(config.optimizer, MicroAdamConfig)
+    assert config.optimizer.lr == 4e-5
+
+
+def test_the_preset_knows_the_learning_rate_of_each_optimizer(composed: Compose) -> None:
+    assert composed("scale=paper", "optimizer=adamw").optimizer.lr == 5e-5
+    assert composed("scale=paper", "optimizer=adamw", "optimizer.lr=1e-3").optimizer.lr == 1e-3
+
+
+def test_a_choice_on_the_command_line_wins_over_the_preset(composed: Compose) -> None:
+    assert composed("scale=mini", "model=tiny_llama").model.name == "tiny_llama"
+
+
+def test_equal_configs_share_a_folder_and_what_does_not_change_the_run_does_not_count(
+    composed: Compose,
+) -> None:
+    here = run_hash(composed("scale=smoke"))
+    assert run_hash(composed("scale=smoke", "logger=wandb", "force=true", "dry_run=true")) == here
+    assert run_hash(composed("scale=smoke", "optimizer.lr=0.5")) != here
+    assert run_hash(composed("scale=smoke", "seed=1")) != here
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("hardware.precision=fp8", ["hardware.precision=fp8", "bf16_amp"]),
+        ("model.weights=none", ["model.weights=none", "pretrained", "random"]),
+        ("training.epochs=0", ["training.epochs=0", "greater than 0"]),
+        ("training.schedule=step", ["training.schedule=step", "cosine"]),
+        ("training.global_batch_size=6", ["global_batch_size=6", "micro_batch_size=4"]),
+        ("dataset.source=web", ["dataset.source=web", "generated"]),
+        ("evaluation.num_fewshot=-1", ["evaluation.num_fewshot=-1"]),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_remedy(
+    composed: Compose, override: str, words: list[str]
+) -> None:
+    with pytest.raises(ExperimentError) as error:
+        composed("scale=smoke", override)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_random_weights_only_for_a_model_without_pretrained_ones(composed: Compose) -> None:
+    with pytest.raises(ExperimentError, match=r"tiny_llama.*model.weights=random"):
+        composed("model=tiny_llama", "model.weights=pretrained")
+
+
+def test_a_key_of_another_optimizer_is_refused(composed: Compose) -> None:
+    with pytest.raises(Exception, match="window_size") as error:
+        composed("optimizer=adamw", "optimizer.window_size=3")
+    assert isinstance(error.value.__cause__, OmegaConfBaseException)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("optimizer=adamm", ["optimizer/adamm", "adamw", "microadam"]),
+        ("model=gpt5", ["model/gpt5", "smollm2_135m"]),
+        ("dataset=gsm9k", ["dataset/gsm9k", "gsm8k"]),
+        ("optimizer.lrr=1", ["optimizer.lrr", "'lrr' not in 'MicroAdamConfig'"]),
+        ("optimizer.lr=fast", ["optimizer.lr=fast", "could not be converted to Float"]),
+        ("hardware.precision=fp8", ["hardware.precision=fp8", "choose one of"]),
+    ],
+)
+def test_the_command_line_answers_a_slip_with_one_line(argument: str, words: list[str]) -> None:
+    done = _run(argument)
+    message = done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert message.startswith("error: ")
+    assert all(word in message for word in words)
+    assert "Traceback" not in done.stderr
+
+
+def test_showing_the_config_loads_nothing_heavy() -> None:
+    """--cfg job once imported transformers, and took 12 s to print 60 lines."""
+    started = time.perf_counter()
+    done = _run("--cfg", "job")
+    assert time.perf_counter() - started < 3
+    assert "microadam" in done.stdout
+
+
+def test_help_shows_commands_groups_and_keys() -> None:
+    text = _run("--help").stdout
+    for expected in ("python run.py +sweep=lr_grid", "optimizer: adamw, microadam", "max_length:"):
+        assert expected in text

@@ -1,0 +1,83 @@
+"""Plans: the paper's setting without a GPU, a network or the memory of the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from experiments import planning
+from experiments.planning import LiveBytes
+from experiments.runner import execute
+from tests.experiments.helpers import Compose
+
+PAPER = ("task=gsm8k", "scale=paper", "hardware=a100_80gb", "model.weights=random")
+
+
+def test_the_papers_run_is_planned_from_shapes_alone(
+    composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    execute(composed(*PAPER, "dry_run=true"))
+    printed = capsys.readouterr().out
+    for words in (
+        "6,738,415,616 parameters",
+        "3 epochs = 699 steps, global batch 32",
+        "512 tokens",
+        "linear decay to 0 after 20 warm-up steps",
+        "micro-batch 8, activation checkpointing",
+        "12.55 GiB",  # bf16 parameters, and as many gradients
+        "0.96 bytes a parameter (AdamW: 25.10 GiB)",
+        "fits the card's 80 GiB",
+    ):
+        assert words in printed
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much(
+    composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    execute(composed(*PAPER, "hardware=rtx3090", "dry_run=true"))
+    assert "more than the card's 24 GiB" in capsys.readouterr().out
+
+
+def test_recomputing_activations_takes_less_and_more_examples_take_more(composed: Compose) -> None:
+    def activation_bytes(*overrides: str) -> int:
+        return planning.make(composed("scale=smoke", *overrides)).activation_bytes
+
+    plain = activation_bytes()
+    assert activation_bytes("hardware.activation_checkpointing=true") < plain
+    assert activation_bytes("hardware.micro_batch_size=8") > 1.9 * plain
+    assert activation_bytes("hardware.precision=bf16") < plain
+
+
+def test_live_bytes_rise_and_fall_with_the_tensors() -> None:
+    live = LiveBytes()
+    before = torch.zeros(1024)
+    live.ignore(before)
+    with live:
+        first = before + 1  # 4 KiB
+        second = first * 2  # 8 KiB
+        del first
+        third = second.view(32, 32).t().contiguous()  # 8 KiB again: a view takes nothing
+        del second, third
+        before.add_(1)
+    assert (live.peak_bytes, live.live_bytes) == (8192, 0)
+
+
+def test_the_planned_activations_are_those_of_the_same_step_on_real_tensors(
+    composed: Compose,
+) -> None:
+    """Shapes alone must give what real tensors give; only attention's own buffers may differ."""
+    from experiments import models
+    from experiments.tasks import causal_lm
+
+    config = composed("scale=smoke")
+    planned = planning.make(config).activation_bytes
+    model = models.load_causal_lm(config.model).model.train()
+    batch = causal_lm.largest_batch(4, config.task.max_length, torch.device("cpu"))
+    live = LiveBytes()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+        live.ignore(p)
+        live.ignore(p.grad)
+    with live:
+        causal_lm.loss_sum(model, batch).backward()
+    assert planned == pytest.approx(live.peak_bytes, rel=0.1)

@@ -1,0 +1,275 @@
+"""Whole runs at smoke scale: finished, interrupted, gone on with, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import checkpoints, optimizers
+from experiments.config import RunConfig
+from experiments.errors import ExperimentError
+from experiments.records import RunFolder
+from experiments.runner import execute
+from tests.experiments.helpers import ROOT, Compose
+
+SHORT = ("scale=smoke", "hardware=cpu", "evaluation.limit=2", "evaluation.max_new_tokens=4")
+CLOCKS = ("time/", "speed/", "memory/peak")  # what no two runs have in common
+
+
+def _without_clocks(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if not name.startswith(CLOCKS)}
+
+
+def _outcome(config: RunConfig) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All that a finished run measured, apart from the clocks."""
+    run = RunFolder(config)
+    record = run.finished_record()
+    assert record is not None
+    return [_without_clocks(m) for m in run.metrics()], _without_clocks(record["metrics"])
+
+
+def _interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    append_metrics = RunFolder.append_metrics
+
+    def append_or_stop(self: RunFolder, metrics: dict[str, Any]) -> None:
+        append_metrics(self, metrics)
+        if metrics["step"] == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "append_metrics", append_or_stop)
+
+
+def test_a_run_learns_and_its_record_says_what_it_was(
+    composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = composed(*SHORT)
+    execute(config)
+    run = RunFolder(config)
+    record = run.finished_record()
+    assert record is not None
+    metrics = record["metrics"]
+    assert metrics["eval/loss"] < metrics["eval_before/loss"] - 0.1
+    assert metrics["eval/num_samples"] == 2
+    assert record["data_source"] == "generated"
+    assert record["model_source"] == "random"
+    assert record["hardware"]["precision"] == "fp32"
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert record["config"]["optimizer"]["window_size"] == 10
+    assert [m["step"] for m in run.metrics()] == list(range(9))
+    committed = list(Path(config.results_dir, "records").glob("*.json"))
+    assert [json.loads(path.read_text()) for path in committed] == [record]
+    printed = capsys.readouterr().out
+    for word in ("held-out loss", "exact match, strict-match", "optimizer state", "record.json"):
+        assert word in printed
+
+
+def test_a_finished_run_is_left_alone_unless_forced_and_then_kept(
+    composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = composed(*SHORT, "training.max_steps=2")
+    execute(config)
+    first = RunFolder(config).finished_record()
+    execute(config)
+    assert "already finished" in capsys.readouterr().out
+    assert RunFolder(config).finished_record() == first
+    execute(composed(*SHORT, "training.max_steps=2", "force=true"))
+    assert _outcome(config)[1] == _without_clocks(first["metrics"])
+    kept = [path for path in RunFolder(config).path.parent.iterdir() if path.is_dir()]
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [("microadam", "fp32"), ("microadam", "bf16"), ("microadam", "bf16_amp"), ("adamw", "bf16")],
+)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, optimizer: str, precision: str
+) -> None:
+    """Between two checkpoints, in the middle of MicroAdam's window."""
+    choice = (*SHORT, f"optimizer={optimizer}", f"hardware.precision={precision}")
+    undisturbed = composed(*choice, "results_dir=undisturbed")
+    config = composed(*choice)
+    monkeypatch.chdir(Path(config.results_dir).parent)
+    execute(undisturbed)
+    with monkeypatch.context() as patch:
+        _interrupt_at(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            execute(config)
+    assert RunFolder(config).finished_record() is None
+    execute(config)
+    assert _outcome(config) == _outcome(undisturbed)
+
+
+def test_a_killed_process_leaves_what_the_same_command_needs(
+    composed: Compose, tmp_path: Path
+) -> None:
+    config = composed(*SHORT, "training.max_steps=30")
+    undisturbed = composed(*SHORT, "training.max_steps=30", f"results_dir={tmp_path / 'other'}")
+    command = [sys.executable, str(ROOT / "run.py"), *SHORT, "training.max_steps=30"]
+    command.append(f"results_dir={config.results_dir}")
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=log)
+    run = RunFolder(config)
+    while len(run.metrics()) < 10 and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    execute(config)
+    execute(undisturbed)
+    assert _outcome(config) == _outcome(undisturbed)
+
+
+def _interrupted(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The checkpoints of a run that stopped at its last step, newest first."""
+
+    def no_space(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", no_space)
+        with pytest.raises(OSError, match="no space left"):
+            execute(config)
+    return sorted(RunFolder(config).checkpoints.glob("*.pt"), reverse=True)
+
+
+def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = composed(*SHORT)
+    newest, _ = _interrupted(config, monkeypatch)
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    execute(config)
+    printed = capsys.readouterr().out
+    assert "damaged or cut short" in printed
+    assert "from step 4" in printed
+    undisturbed = composed(*SHORT, f"results_dir={config.results_dir}-2")
+    execute(undisturbed)
+    assert _outcome(config) == _outcome(undisturbed)
+
+
+def test_checkpoints_that_cannot_be_used_are_refused_and_kept(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed(*SHORT)
+    paths = _interrupted(config, monkeypatch)
+    payload = torch.load(paths[0], weights_only=True)
+    torch.save({**payload, "config_hash": "0123456789"}, paths[0])
+    with pytest.raises(ExperimentError, match=r"config_hash is 0123456789.*force=true"):
+        execute(config)
+    for path in paths:
+        path.write_bytes(b"not a checkpoint")
+    with pytest.raises(ExperimentError, match=r"no checkpoint in it can be read.*force=true"):
+        execute(config)
+    assert all(path.exists() for path in paths)
+
+
+def test_a_run_that_another_process_has_is_refused(composed: Compose) -> None:
+    config = composed(*SHORT)
+    with (
+        RunFolder(config).locked(),
+        pytest.raises(ExperimentError, match=f"is being run by process {os.getpid()}"),
+    ):
+        execute(config)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_diagnosis(composed: Compose) -> None:
+    config = composed(*SHORT, "optimizer=adamw", "optimizer.lr=1e30")
+    with pytest.raises(ExperimentError, match=r"the loss became nan at step \d with optimizer.lr"):
+        execute(config)
+    assert RunFolder(config).finished_record() is None
+
+
+def test_overlong_examples_are_counted_not_cut(composed: Compose) -> None:
+    config = composed(*SHORT, "task.max_length=400", "training.max_steps=1")
+    execute(config)
+    record = RunFolder(config).finished_record()
+    assert record is not None
+    assert record["num_overlong_examples"] > 0
+    assert record["num_examples"] + record["num_overlong_examples"] == 64
+    with pytest.raises(ExperimentError, match=r"task\.max_length=10: every training example"):
+        execute(composed(*SHORT, "task.max_length=10"))
+
+
+def test_recomputed_activations_give_the_same_training(composed: Compose) -> None:
+    plain = composed(*SHORT)
+    recomputing = composed(*SHORT, "hardware.activation_checkpointing=true")
+    for config in (plain, recomputing):
+        execute(config)
+    assert _outcome(plain) == _outcome(recomputing)
+
+
+def test_micro_batches_change_only_the_order_of_sums(composed: Compose) -> None:
+    whole = composed(*SHORT, "hardware.micro_batch_size=8", "optimizer=adamw")
+    cut = composed(*SHORT, "hardware.micro_batch_size=2", "optimizer=adamw")
+    for config in (whole, cut):
+        execute(config)
+    assert _outcome(cut)[1]["eval/loss"] == pytest.approx(_outcome(whole)[1]["eval/loss"], rel=1e-4)
+
+
+def test_without_a_gpu_a_gpu_run_is_refused(composed: Compose) -> None:
+    if torch.cuda.is_available():
+        return
+    with pytest.raises(ExperimentError, match=r"hardware=a100_80gb.*dry_run=true"):
+        execute(composed("scale=smoke", "hardware=a100_80gb"))
+
+
+def test_a_sweep_makes_a_finished_record_for_each_choice(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "run.py"), "--multirun", *SHORT]
+    command += ["optimizer=microadam,adamw", "optimizer.lr=1e-5,3e-5", "training.max_steps=2"]
+    command += [f"results_dir={tmp_path}", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    subprocess.run(command, check=True, capture_output=True)
+    done = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
+    choices = {(r["optimizer"], r["config"]["optimizer"]["lr"], r["status"]) for r in done}
+    assert choices == {
+        (name, lr, "finished") for name in ("microadam", "adamw") for lr in (1e-5, 3e-5)
+    }
+
+
+def test_metrics_are_mirrored_to_wandb_only_where_asked(composed: Compose) -> None:
+    config = composed(*SHORT, "training.max_steps=1", "logger=wandb", "logger.mode=offline")
+    execute(config)
+    assert list((RunFolder(config).path / "wandb").glob("offline-run-*"))
+
+
+def test_the_saved_model_is_the_trained_one(composed: Compose) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = composed(*SHORT, "training.max_steps=2", "training.save_model=true")
+    execute(config)
+    saved = AutoModelForCausalLM.from_pretrained(RunFolder(config).model)
+    torch.manual_seed(config.seed)
+    fresh = AutoModelForCausalLM.from_config(saved.config)
+    moved = [
+        not torch.equal(p, q) for p, q in zip(saved.parameters(), fresh.parameters(), strict=True)
+    ]
+    assert all(moved)
+    assert not list(RunFolder(config).checkpoints.glob("*.pt"))
+
+
+@pytest.mark.parametrize("name", ["microadam", "adamw"])
+def test_planned_state_is_the_measured_state(composed: Compose, name: str) -> None:
+    config = composed(f"optimizer={name}")
+    model = torch.nn.Sequential(torch.nn.Linear(100, 70), torch.nn.LayerNorm(70))
+    optimizer = optimizers.build(model, config.optimizer)
+    model(torch.ones(1, 100)).sum().backward()
+    optimizer.step()
+    planned = optimizers.planned_state_bytes(model.parameters(), config.optimizer)
+    assert optimizers.measured_state_bytes(optimizer) == planned
+
+
+def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoints.save(tmp_path, step, {"step": step})
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "step-00000002.pt",
+        "step-00000003.pt",
+    ]

@@ -1,0 +1,104 @@
+"""Where rows come from, and what is said of a folder that is not right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.config import DatasetConfig
+from experiments.data import text
+from experiments.errors import ExperimentError
+
+ROWS = [{"question": f"What is {n} + 1?", "answer": f"{n + 1}\n#### {n + 1}"} for n in range(5)]
+
+
+def _config(**values: object) -> DatasetConfig:
+    fixed = {"name": "gsm8k", "hub_id": "openai/gsm8k", "size": 7473}
+    return DatasetConfig(
+        **fixed, splits=["train", "test"], columns=["question", "answer"], **values
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for split in ("train", "test"):
+        lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+        (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return tmp_path
+
+
+def test_a_folder_given_by_the_user_comes_first(folder: Path) -> None:
+    data = text.load(_config(path=str(folder), source="generated"))
+    assert data.source == "local"
+    assert data.rows == {"train": ROWS, "test": ROWS}
+    assert data.files["test"] == folder / "test.jsonl"
+
+
+def test_num_train_takes_the_first_rows_of_the_training_split_only(folder: Path) -> None:
+    data = text.load(_config(path=str(folder), num_train=2))
+    assert (data.rows["train"], data.rows["test"]) == (ROWS[:2], ROWS)
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_row(folder: Path) -> None:
+    """str.splitlines also splits at U+2028, which JSON may hold unescaped."""
+    row = {"question": "one\u2028two", "answer": "#### 2"}
+    line = json.dumps(row, ensure_ascii=False)
+    (folder / "train.jsonl").write_text(line + "\n\n", encoding="utf-8")
+    assert text.load(_config(path=str(folder))).rows["train"] == [row]
+
+
+def test_without_a_hub_the_problems_are_generated_and_it_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = text.load(_config(source="auto"))
+    assert data.source == "generated"
+    assert (len(data.rows["train"]), len(data.rows["test"])) == (7473, 1319)
+    assert "openai/gsm8k" in capsys.readouterr().out
+    assert text.read_jsonl(data.files["test"], ["question", "answer"]) == data.rows["test"]
+
+
+def test_the_same_rows_are_generated_again() -> None:
+    first, second = (text.load(_config(source="generated")) for _ in range(2))
+    assert first == second
+
+
+def test_where_nothing_may_stand_in_for_the_hub_the_error_tells_three_ways() -> None:
+    with pytest.raises(ExperimentError) as error:
+        text.load(_config(source="hub"))
+    for word in ("openai/gsm8k", "dataset.path=FOLDER", "dataset.source=generated", "go online"):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"question": "a", "answer": "b"}\n{"question": \n',
+            r"train\.jsonl, line 2: not valid JSON",
+        ),
+        ('{"question": "a"}\n', r'train\.jsonl, line 1: needs a text in column "answer"'),
+        ('{"question": "a", "answer": 3}\n', r'line 1: needs a text in column "answer"'),
+        ("[1, 2]\n", r'line 1: needs a text in column "question"'),
+        ("", r"train\.jsonl: the file has no rows"),
+        ("\n\n", r"train\.jsonl: the file has no rows"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(folder: Path, content: str, message: str) -> None:
+    (folder / "train.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(ExperimentError, match=message):
+        text.load(_config(path=str(folder)))
+
+
+def test_bytes_that_are_no_text_are_refused(folder: Path) -> None:
+    (folder / "train.jsonl").write_bytes(b'{"question": "\xff"}\n')
+    with pytest.raises(ExperimentError, match=r"train\.jsonl: not UTF-8"):
+        text.load(_config(path=str(folder)))
+
+
+def test_a_missing_folder_or_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match=r"no such folder.*train\.jsonl and test\.jsonl"):
+        text.load(_config(path=str(tmp_path / "nothing")))
+    with pytest.raises(ExperimentError, match=r"train\.jsonl: there is no such file"):
+        text.load(_config(path=str(tmp_path)))
