@@ -56,3 +56,6 @@ if __name__ == "__main__":
             raise
         print(f"error: {_one_sentence(error)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
