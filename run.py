@@ -23,18 +23,7 @@ def main(composed: DictConfig) -> None:
     execute(run_config)
 
 
-def _one_sentence(error: BaseException) -> str:
-    """Hydra's and OmegaConf's messages, without their search paths and type dumps."""
-    messages = []
-    current: BaseException | None = error
-    while current is not None:
-        lines = [line.strip() for line in str(current).splitlines() if line.strip()]
-        kept = [line for line in lines if not line.startswith(_NOISE)]
-        messages += [line for line in kept if line not in messages]
-        current = current.__cause__
-    return " ".join(messages)
-
-
+# How Hydra and OmegaConf begin the lines that help nobody at the command line.
 _NOISE = (
     "full_key:",
     "object_type=",
@@ -43,6 +32,20 @@ _NOISE = (
     "provider=",
     "Set the env",
 )
+
+
+def _one_line(error: BaseException) -> str:
+    """The message; for Hydra's and OmegaConf's errors with their causes, but without the noise."""
+    if isinstance(error, ExperimentError):
+        return str(error)
+    messages: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        for line in map(str.strip, str(cause).splitlines()):
+            if line and not line.startswith(_NOISE) and line not in messages:
+                messages.append(line)
+        cause = cause.__cause__
+    return " ".join(messages)
 
 
 if __name__ == "__main__":
@@ -54,7 +57,7 @@ if __name__ == "__main__":
     except (ExperimentError, HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
-        print(f"error: {_one_sentence(error)}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
