@@ -61,19 +61,12 @@ inline void bucket_range_avx2(const float* residual, size_t size, float* minimum
   *maximum = _mm_cvtss_f32(_mm_max_ss(high4, _mm_movehdup_ps(high4)));
 }
 
-// Below this unit the arithmetic of `encode_bucket_avx2` could underflow.
-constexpr float kMinVectorUnit = 0x1p-90f;
-
 // The codes of 32 residuals, before the clamp to 15, as bytes in the order
 // 0-3, 8-11, 16-19, 24-27, 4-7, 12-15, 20-23, 28-31.
-inline __m256i encode_32(const float* residual, __m256 low, __m256 unit, __m256 inverse) {
+inline __m256i encode_32(const float* residual, __m256 low, __m256 unit) {
   const __m256 half = _mm256_set1_ps(0.5f);
   const auto level = [&](int i) {
-    const __m256 distance = _mm256_sub_ps(load(residual + i), low);
-    // distance / unit: a product and one correction of its remainder cost less than the division.
-    const __m256 product = _mm256_mul_ps(distance, inverse);
-    const __m256 remainder = _mm256_fnmadd_ps(product, unit, distance);
-    const __m256 quotient = _mm256_fmadd_ps(remainder, inverse, product);
+    const __m256 quotient = _mm256_div_ps(_mm256_sub_ps(load(residual + i), low), unit);
     // Truncation is the floor, but for what is below 0: the packing saturates that to 0.
     return _mm256_cvttps_epi32(_mm256_add_ps(quotient, half));
   };
@@ -82,14 +75,17 @@ inline __m256i encode_32(const float* residual, __m256 low, __m256 unit, __m256 
 }
 
 inline void encode_bucket_avx2(const float* residual, size_t half, float minimum, float unit,
-                               float inverse_unit, uint8_t* codes) {
+                               uint8_t* codes) {
+  if (unit == 0.0f) {
+    memset(codes, 0, half);
+    return;
+  }
   const __m256 low = _mm256_set1_ps(minimum), step = _mm256_set1_ps(unit);
-  const __m256 inverse = _mm256_set1_ps(inverse_unit);
   const __m256i last = _mm256_set1_epi8(15);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   for (size_t j = 0; j < half; j += 32) {
-    const __m256i first = _mm256_min_epu8(encode_32(residual + j, low, step, inverse), last);
-    const __m256i second = _mm256_min_epu8(encode_32(residual + half + j, low, step, inverse), last);
+    const __m256i first = _mm256_min_epu8(encode_32(residual + j, low, step), last);
+    const __m256i second = _mm256_min_epu8(encode_32(residual + half + j, low, step), last);
     const __m256i pairs = _mm256_or_si256(first, _mm256_slli_epi16(second, 4));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + j),
                         _mm256_permutevar8x32_epi32(pairs, order));

@@ -46,7 +46,6 @@ struct Scratch {
         bucket_min(s.block_size / s.bucket_size),
         bucket_max(s.block_size / s.bucket_size),
         bucket_unit(s.block_size / s.bucket_size),
-        inverse_unit(s.block_size / s.bucket_size),
         above(s.block_size / 8 + 8),
         candidates(s.block_size + 16),
         magnitudes(s.block_size + 16),
@@ -58,7 +57,6 @@ struct Scratch {
   Buffer<float> bucket_min;   // (num_buckets,)
   Buffer<float> bucket_max;   // (num_buckets,)
   Buffer<float> bucket_unit;  // (num_buckets,)
-  Buffer<float> inverse_unit;  // (num_buckets,)
   Buffer<uint8_t> above;      // a bit an element: whether its magnitude reaches the threshold
   Buffer<int32_t> candidates;
   Buffer<int32_t> magnitudes;  // of the candidates, as bits: ordered as the floats are
@@ -329,7 +327,6 @@ void quantize_residual(const Settings& s, const Block& block, const Block& next,
   float* low = scratch.bucket_min;
   float* high = scratch.bucket_max;
   float* unit = scratch.bucket_unit;
-  float* inverse = scratch.inverse_unit;
   const int size = s.bucket_size, half = size / 2;
   const int num_buckets = (block.length + size - 1) / size;
 
@@ -347,18 +344,12 @@ void quantize_residual(const Settings& s, const Block& block, const Block& next,
     block.error_max[b] = round_to<BFloat16>(high[b]);
     low[b] = to_float(block.error_min[b]);
     unit[b] = quantization_unit(low[b], to_float(block.error_max[b]));
-    inverse[b] = 1.0f / unit[b];
   }
 
   b = 0;
 #if defined(__AVX2__)
   for (; b < num_full; ++b) {
-    if (unit[b] < kMinVectorUnit) {
-      encode_bucket(residual + b * size, size, half, low[b], unit[b], block.error + b * half);
-    } else {
-      encode_bucket_avx2(residual + b * size, half, low[b], unit[b], inverse[b],
-                         block.error + b * half);
-    }
+    encode_bucket_avx2(residual + b * size, half, low[b], unit[b], block.error + b * half);
     prefetch(static_cast<const Param*>(next.values) + b * size, size * sizeof(Param));
   }
 #endif
