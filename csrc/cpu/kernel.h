@@ -201,6 +201,7 @@ void accumulate(const Settings& s, const Block& block, const Block& next, Scratc
     const int i = b * size;
     accumulate_bucket(grad + i, block.error + i / 2, scratch.bucket_min[b], scratch.bucket_unit[b],
                       std::min(size, block.length - i), half, s.inv_scale, scratch.accumulator + i);
+    prefetch(next_grad + i, size * sizeof(Grad));
   }
   mark_above(scratch.accumulator + first_left, block.length - first_left, *block.threshold,
              scratch.above + first_left / 8);
@@ -323,6 +324,7 @@ inline bool select_top_k(const Block& block, Scratch& scratch, int16_t* selected
 
 template <class Param>
 void quantize_residual(const Settings& s, const Block& block, const Block& next, Scratch& scratch) {
+  const Param* next_values = static_cast<const Param*>(next.values);
   const float* residual = scratch.accumulator;
   float* low = scratch.bucket_min;
   float* high = scratch.bucket_max;
@@ -350,12 +352,13 @@ void quantize_residual(const Settings& s, const Block& block, const Block& next,
 #if defined(__AVX2__)
   for (; b < num_full; ++b) {
     encode_bucket_avx2(residual + b * size, half, low[b], unit[b], block.error + b * half);
-    prefetch(static_cast<const Param*>(next.values) + b * size, size * sizeof(Param));
+    prefetch(next_values + b * size, size * sizeof(Param));
   }
 #endif
   for (; b < num_buckets; ++b) {
     encode_bucket(residual + b * size, std::min(size, block.length - b * size), half, low[b],
                   unit[b], block.error + b * half);
+    prefetch(next_values + b * size, size * sizeof(Param));
   }
 }
 
@@ -375,7 +378,7 @@ inline void sum_window(const Settings& s, const Block& block, const Block& next,
     for (int j = 0; j < block.k; ++j) {
       const float value = to_float(values[j]);
       terms[2 * j] = value * power1;
-      terms[2 * j + 1] = (value * value) * power2;
+      terms[2 * j + 1] = value * power2 * value;  // the weight first: it may be 0, the square infinite
     }
     for (int j = 0; j < block.k; ++j) {
       Moments term;
