@@ -108,14 +108,10 @@ def step_(
 
     Raises:
         RuntimeError: ``MICROADAM_BACKEND=native``, and there is no native kernel for the device.
+        ValueError: ``MICROADAM_BACKEND`` is neither ``torch`` nor ``native``.
     """
     if not params:
         return
-    device_type = params[0].device.type
-    if os.environ.get(BACKEND_VARIABLE) == "native" and not native_kernel(device_type):
-        reason = why_not_native() or f"it has no kernel for {device_type}"
-        raise RuntimeError(f"{BACKEND_VARIABLE}=native, but the native library is unfit: {reason}")
-    why_not_native()  # loads the library at the first step
     if grads[0].dtype not in DTYPES:
         grads = [grad.float() for grad in grads]
     torch.ops.microadam.step_(
@@ -173,6 +169,39 @@ def _plain_torch_step(
     seed: int,
     ordinals: Sequence[int],
 ) -> None:
+    # The dispatcher comes here as long as it knows no native kernel for the device.
+    device_type = num_skipped_blocks.device.type
+    if native_kernel(device_type):  # it does now: the line above has loaded the library
+        torch.ops.microadam.step_(
+            params,
+            grads,
+            steps,
+            window_indices,
+            window_values,
+            error,
+            error_min,
+            error_max,
+            thresholds,
+            num_skipped_blocks,
+            lr_tensor,
+            grad_scale,
+            found_inf,
+            lr,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            density,
+            block_size,
+            bucket_size,
+            stochastic_rounding,
+            seed,
+            ordinals,
+        )
+        return
+    if os.environ.get(BACKEND_VARIABLE) == "native":
+        reason = why_not_native() or f"it has no kernel for {device_type}"
+        raise RuntimeError(f"{BACKEND_VARIABLE}=native, but the native library is unfit: {reason}")
     reference.step_(
         params,
         grads,
@@ -262,9 +291,9 @@ def _check_arguments(
                 f"window_indices[{i}] has shape {tuple(window_indices[i].shape)}: it must be "
                 "(num_blocks, window_size, k) with one window_size for all parameters"
             )
-        layout = BlockLayout.of(
-            numel, window_indices[i].shape[1], density, bucket_size, block_size
-        )
+        # int(): a graph is traced for parameters of fixed sizes.
+        window_size = int(window_indices[i].shape[1])
+        layout = BlockLayout.of(int(numel), window_size, density, bucket_size, block_size)
         _require(f"params[{i}]", param, (numel,), DTYPES, device)
         _require(f"params[{i}]", param, (numel,), (params[0].dtype,), device)
         _require(f"grads[{i}]", grads[i], (numel,), DTYPES, device)

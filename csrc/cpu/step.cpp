@@ -114,6 +114,7 @@ void step_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
     settings.powers2.push_back(static_cast<float>(std::pow(beta2, age)));
   }
 
+  std::vector<int64_t*> counters;
   std::vector<Parameter> parameters;
   parameters.reserve(count);
   int64_t num_blocks = 0, numel = 0;
@@ -136,7 +137,8 @@ void step_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
     p.error_min = memory<BFloat16>(error_min[i], ScalarType::BFloat16, num_buckets, "error_min");
     p.error_max = memory<BFloat16>(error_max[i], ScalarType::BFloat16, num_buckets, "error_max");
     p.thresholds = memory<float>(thresholds[i], ScalarType::Float, p.num_blocks, "thresholds");
-    p.step = ++*memory<int64_t>(steps[i], ScalarType::Long, 1, "steps");
+    counters.push_back(memory<int64_t>(steps[i], ScalarType::Long, 1, "steps"));
+    p.step = *counters.back() + 1;
     const double step = static_cast<double>(p.step);
     p.factors.first = static_cast<float>((1 - beta1) / (1 - std::pow(beta1, step)));
     p.factors.second = static_cast<float>((1 - beta2) / (1 - std::pow(beta2, step)));
@@ -149,6 +151,9 @@ void step_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
     num_blocks += p.num_blocks;
     numel += p.numel;
   }
+  int64_t* total_skipped =
+      memory<int64_t>(num_skipped_blocks, ScalarType::Long, 1, "num_skipped_blocks");
+  for (int64_t* counter : counters) ++*counter;  // only now that all arguments are known to fit
   if (num_blocks == 0) return;
 
   StepBlocks step_blocks = step_blocks_generic;
@@ -160,7 +165,7 @@ void step_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
   torch::stable::parallel_for(0, num_blocks, grain, [&](int64_t begin, int64_t end) {
     num_skipped += step_blocks(settings, parameters, begin, end);
   });
-  *memory<int64_t>(num_skipped_blocks, ScalarType::Long, 1, "num_skipped_blocks") += num_skipped;
+  *total_skipped += num_skipped;
 }
 
 }  // namespace microadam
