@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from microadam import reference
+from microadam import ops
 from microadam.layout import MAX_BLOCK_SIZE, BlockLayout
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,11 +86,15 @@ class MicroAdam(Optimizer):
             "seed": seed,
         }
         self._num_skipped_blocks: dict[torch.device, Tensor] = {}
+        # A cache of the native kernels, not saved: see ops.step_.
+        self._thresholds: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_num_skipped_blocks", {})  # load_state_dict comes here too
+        # load_state_dict comes here too, and then they are there.
+        self.__dict__.setdefault("_num_skipped_blocks", {})
+        self.__dict__.setdefault("_thresholds", {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, checked as in the constructor."""
@@ -149,7 +153,7 @@ class MicroAdam(Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         flat_params = [_StorageOrder(item.param) for item in batch]
-        reference.step_(
+        ops.step_(
             [flat.values for flat in flat_params],
             [flat.arrange(item.grad) for flat, item in zip(flat_params, batch, strict=True)],
             [item.state["step"] for item in batch],
@@ -158,6 +162,7 @@ class MicroAdam(Optimizer):
             [item.state["error"] for item in batch],
             [item.state["error_min"] for item in batch],
             [item.state["error_max"] for item in batch],
+            [self._thresholds_of(item) for item in batch],
             self._skipped_blocks_on(device),
             lr.to(device) if isinstance(lr, Tensor) else None,
             None if grad_scale is None else grad_scale.to(device),
@@ -192,6 +197,14 @@ class MicroAdam(Optimizer):
                 )
         return state
 
+    def _thresholds_of(self, item: _Item) -> Tensor:
+        thresholds = self._thresholds.get(item.param)
+        num_blocks = item.state["window_indices"].shape[0]
+        if thresholds is None or thresholds.device != item.param.device:
+            thresholds = torch.zeros(num_blocks, device=item.param.device)
+            self._thresholds[item.param] = thresholds
+        return thresholds
+
     def _skipped_blocks_on(self, device: torch.device) -> Tensor:
         if device not in self._num_skipped_blocks:
             self._num_skipped_blocks[device] = torch.zeros((), dtype=torch.int64, device=device)
@@ -206,11 +219,9 @@ class MicroAdam(Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes that the state tensors take on their devices."""
-        return sum(
-            value.untyped_storage().nbytes()
-            for state in self.state.values()
-            for value in state.values()
-        )
+        tensors = [value for state in self.state.values() for value in state.values()]
+        tensors += self._thresholds.values()
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, every tensor in the dtype it was saved with.

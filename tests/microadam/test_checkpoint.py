@@ -190,10 +190,12 @@ def test_state_bytes_is_what_the_tensors_take(tmp_path: Path) -> None:
         tensors = [t for state in optimizer.state.values() for t in state.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    assert optimizer.state_bytes() == bytes_of_tensors(optimizer) > 0
+    # Beside the state, a kernel may keep one float32 a block, which a checkpoint does not hold.
+    num_blocks = sum(state["window_indices"].shape[0] for state in optimizer.state.values())
+    assert optimizer.state_bytes() == bytes_of_tensors(optimizer) + 4 * num_blocks > 0
     save(optimizer, tmp_path / "checkpoint.pt")
     loaded = load(tmp_path / "checkpoint.pt", torch.bfloat16)
-    assert loaded.state_bytes() == optimizer.state_bytes()
+    assert loaded.state_bytes() == bytes_of_tensors(loaded) == bytes_of_tensors(optimizer)
 
 
 # Wrong checkpoints. Each function damages a good one; the error says what is wrong with it.

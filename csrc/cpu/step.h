@@ -1,0 +1,60 @@
+// What the kernels need to know of one call of microadam::step_, and their entry points.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../algorithm.h"
+
+namespace microadam::cpu {
+
+enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+
+// The same for every parameter of the call.
+struct Settings {
+  Dtype param_dtype;
+  Dtype grad_dtype;
+  int block_size;
+  int bucket_size;
+  int window_size;
+  float inv_scale;             // the gradient is multiplied by it
+  float decay;                 // 1 - lr * weight_decay
+  std::vector<float> powers1;  // (window_size,) beta1^age
+  std::vector<float> powers2;  // (window_size,) beta2^age
+  bool stochastic_rounding;
+};
+
+// One parameter and its state; shapes as in microadam/layout.py.
+struct Parameter {
+  int64_t numel;
+  int64_t num_blocks;
+  int64_t first_block;  // among the blocks of all parameters of the call
+  int k;                // entries a window slot has room for: those of the longest block
+  int last_k;           // entries that the last block uses
+  int64_t step;         // this one included
+
+  void* values;
+  const void* grad;
+  int16_t* window_indices;
+  BFloat16* window_values;
+  uint8_t* error;
+  BFloat16* error_min;
+  BFloat16* error_max;
+  float* thresholds;  // a guess a block at the magnitude of its k-th largest accumulator
+
+  UpdateFactors factors;
+  RoundingKey rounding;
+};
+
+// Steps the blocks [begin, end) of all parameters; returns how many were skipped because they
+// held a NaN or an infinity.
+using StepBlocks = int64_t (*)(const Settings&, const std::vector<Parameter>&, int64_t begin,
+                               int64_t end);
+
+int64_t step_blocks_generic(const Settings&, const std::vector<Parameter>&, int64_t, int64_t);
+int64_t step_blocks_avx2(const Settings&, const std::vector<Parameter>&, int64_t, int64_t);
+
+// The k-th largest of `count` magnitudes, which are reordered so that the k largest come first.
+float kth_largest(float* magnitudes, int count, int k);
+
+}  // namespace microadam::cpu

@@ -1,0 +1,23 @@
+// Registers the native implementations of microadam::step_, whose schema microadam/ops.py defines.
+//
+// Built against torch's stable ABI: the library depends on no Python version and on torch >= 2.11.
+#include "library.h"
+
+#include <string>
+
+namespace {
+
+// The name of the kernel that runs on this kind of device; empty where none was built.
+std::string native_kernel(const std::string& device_type) {
+  return device_type == "cpu" ? microadam::cpu_kernel() : "";
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(microadam, m) { m.def("native_kernel(str device_type) -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(microadam, CompositeExplicitAutograd, m) {
+  m.impl("native_kernel", TORCH_BOX(&native_kernel));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(microadam, CPU, m) { m.impl("step_", TORCH_BOX(&microadam::step_cpu)); }

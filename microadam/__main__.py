@@ -1,0 +1,45 @@
+"""``python -m microadam``: a short report of what runs the optimizer here, and why."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from microadam import __version__, ops
+
+
+def report() -> str:
+    """What a bug report should hold: versions, the kernel of each kind of device, threads."""
+    lines = {
+        "microadam": __version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "CPU": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()} in torch, "
+        f"{torch.get_num_threads()} threads",
+        "CUDA": _cuda(),
+        "native library": ops.why_not_native() or str(ops.NATIVE_LIBRARY),
+        "step on a CPU": _kernel("cpu"),
+    }
+    if torch.cuda.is_available():
+        lines["step on a GPU"] = _kernel("cuda")
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return "torch was built without it"
+    if not torch.cuda.is_available():
+        return f"{torch.version.cuda} in torch, no device found"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{torch.version.cuda}, {', '.join(names)}"
+
+
+def _kernel(device_type: str) -> str:
+    kernel = ops.native_kernel(device_type)
+    return f"native ({kernel})" if kernel else "plain torch"
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,122 @@
+"""One step by the operator and one by plain torch, from the same state, compared.
+
+The state must be the same bit for bit: what the native kernels compute up to there is the same
+float32 operations in the same order. Parameters may differ in the last place, because torch's
+square root on a CPU is not always correctly rounded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microadam import BlockLayout, ops, reference
+
+# Relative to the update: sqrt, + eps, quotient, times lr, each within half a unit of 2^-23.
+UPDATE_TOLERANCE = 2.0**-21
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What `ops.step_` takes beside tensors."""
+
+    window_size: int = 10
+    density: float = 0.01
+    bucket_size: int = 64
+    block_size: int = 4096
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    stochastic_rounding: bool = False
+    seed: int = 0
+
+    def layout(self, numel: int) -> BlockLayout:
+        return BlockLayout.of(
+            numel, self.window_size, self.density, self.bucket_size, self.block_size
+        )
+
+    def scalars(self, num_parameters: int) -> dict[str, Any]:
+        names = ("lr", "beta1", "beta2", "eps", "weight_decay", "density", "block_size")
+        names += ("bucket_size", "stochastic_rounding", "seed")
+        return {name: getattr(self, name) for name in names} | {
+            "ordinals": list(range(num_parameters))
+        }
+
+
+@dataclass
+class Run:
+    """Parameters with their states, as the operator takes them."""
+
+    hyper: Hyperparameters
+    params: list[Tensor]
+    states: list[dict[str, Tensor]] = field(default_factory=list)
+    thresholds: list[Tensor] = field(default_factory=list)
+    num_skipped_blocks: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+    def __post_init__(self) -> None:
+        layouts = [self.hyper.layout(p.numel()) for p in self.params]
+        self.states = self.states or [layout.new_state(torch.device("cpu")) for layout in layouts]
+        self.thresholds = self.thresholds or [torch.zeros(x.num_blocks) for x in layouts]
+
+    def clone(self) -> Run:
+        return Run(
+            self.hyper,
+            [p.clone() for p in self.params],
+            [{name: value.clone() for name, value in state.items()} for state in self.states],
+            [t.clone() for t in self.thresholds],
+            self.num_skipped_blocks.clone(),
+        )
+
+    def tensors(self, grads: list[Tensor]) -> list[list[Tensor]]:
+        names = ("step", "window_indices", "window_values", "error", "error_min", "error_max")
+        return [self.params, grads, *([state[name] for state in self.states] for name in names)]
+
+    def step(self, grads: list[Tensor]) -> None:
+        """By what `ops.step_` chooses."""
+        ops.step_(
+            *self.tensors(grads),
+            self.thresholds,
+            self.num_skipped_blocks,
+            None,
+            None,
+            None,
+            **self.hyper.scalars(len(self.params)),
+        )
+
+    def step_in_plain_torch(self, grads: list[Tensor]) -> None:
+        reference.step_(
+            *self.tensors(grads),
+            self.num_skipped_blocks,
+            None,
+            None,
+            None,
+            **self.hyper.scalars(len(self.params)),
+        )
+
+
+def step_and_compare(run: Run, grads: list[Tensor]) -> None:
+    """Steps ``run`` both ways and asserts that the results agree; it goes on from plain torch's."""
+    native = run.clone()
+    before = [p.clone() for p in run.params]
+    native.step(grads)
+    run.step_in_plain_torch(grads)
+    assert native.num_skipped_blocks == run.num_skipped_blocks
+    for i, state in enumerate(run.states):
+        for name, value in state.items():
+            torch.testing.assert_close(
+                native.states[i][name], value, rtol=0, atol=0, msg=f"{name}[{i}] differs"
+            )
+    for ours, theirs, old in zip(native.params, run.params, before, strict=True):
+        difference = (ours.double() - theirs.double()).abs()
+        update = (theirs.double() - old.double()).abs()
+        tolerance = torch.finfo(ours.dtype).eps * theirs.double().abs() + UPDATE_TOLERANCE * update
+        # Below the smallest normal number the last place does not shrink any more.
+        tolerance += torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps
+        agrees = (difference <= tolerance) | (ours == theirs) | (ours.isnan() & theirs.isnan())
+        assert agrees.all(), f"parameters differ by {difference.max()}"
+    run.thresholds = native.thresholds
