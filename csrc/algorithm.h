@@ -21,7 +21,7 @@
 namespace microadam {
 
 // An accumulator at or beyond this magnitude counts as infinite (reference.MAX_MAGNITUDE).
-constexpr float kMaxMagnitude = 0x1p120f;
+constexpr float kMaxMagnitude = 0x1p120f - 0x1p111f;
 constexpr float kNumLevels = 15.0f;  // 4 bits: codes 0 to 15
 
 // 16-bit floats as they lie in memory.
