@@ -1,7 +1,7 @@
 """The folder of a run: its config, its metrics, its lock, and the record that says it is finished.
 
 results/runs/<task>/<model>/<optimizer>/<hash>/
-    config.json     the config, every value resolved
+    config.yaml     the config, every value resolved
     metrics.jsonl   one line a logged step; the truth that wandb only mirrors
     checkpoint/     to go on from
     model/          the fine-tuned model
@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 import microadam
 from experiments import atomic
@@ -84,7 +86,8 @@ class RunFolder:
 
     def start(self, config: RunConfig) -> None:
         """Writes the config; harmless where the run goes on."""
-        atomic.write_text(self.path / "config.json", _to_json(dataclasses.asdict(config)))
+        text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+        atomic.write_text(self.path / "config.yaml", text)
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         with self._metrics.open("a", encoding="utf-8") as file:
@@ -99,8 +102,9 @@ class RunFolder:
         return [json.loads(line) for line in complete.splitlines()]
 
     def rewind_metrics(self, step: int) -> None:
-        """Drops what was logged after ``step``: the run repeats it."""
-        kept = [metrics for metrics in self.metrics() if metrics["step"] <= step]
+        """Drops what a run repeats that goes on after ``step``: later steps and the final test."""
+        kept = [m for m in self.metrics() if m["step"] <= step]
+        kept = [m for m in kept if m["step"] == 0 or "train/loss" in m]
         atomic.write_text(self._metrics, "".join(json.dumps(m) + "\n" for m in kept))
 
     def finish(self, record: dict[str, Any]) -> None:

@@ -59,7 +59,9 @@ def _run(config: RunConfig, run: RunFolder) -> dict[str, Any]:
         totals = training.train(task, optimizer, config, machine, run, mirror, checkpoint)
         after, evaluation_s = _evaluate(task)
         last_step = run.metrics()[-1]["step"]
-        mirror.log({"step": last_step, **_prefixed("eval", after)})
+        line = {"step": last_step, **_prefixed("eval", after)}
+        run.append_metrics(line)
+        mirror.log(line)
     finally:
         mirror.close()
 
