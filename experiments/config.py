@@ -15,23 +15,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.errors import ExperimentError
-
-
-def _require(is_valid: bool, name: str, value: object, remedy: str) -> None:
-    if not is_valid:
-        raise ExperimentError(f"{name}={value}: {remedy}")
-
-
-def _require_positive(section: str, config: object, *names: str) -> None:
-    """Each named value must be greater than 0 or None."""
-    for name in names:
-        value = getattr(config, name)
-        _require(value is None or value > 0, f"{section}.{name}", value, "must be greater than 0")
-
-
-def _require_choice(name: str, value: str, *choices: str) -> None:
-    _require(value in choices, name, value, f"choose one of {', '.join(choices)}")
+from experiments.errors import ExperimentError, require, require_choice, require_positive
+from experiments.optimizers import OPTIMIZERS, OptimizerConfig
 
 
 @dataclass
@@ -40,7 +25,7 @@ class TaskConfig:
     max_length: int = 512  # tokens
 
     def __post_init__(self) -> None:
-        _require_positive("task", self, "max_length")
+        require_positive("task", self, "max_length")
 
 
 @dataclass
@@ -53,9 +38,9 @@ class ModelConfig:
     architecture: dict[str, Any] = field(default_factory=dict)  # a transformers config
 
     def __post_init__(self) -> None:
-        _require_choice("model.weights", self.weights, "pretrained", "random")
+        require_choice("model.weights", self.weights, "pretrained", "random")
         has_source = self.path or self.hub_id or self.package
-        _require(
+        require(
             self.weights == "random" or bool(has_source),
             "model.weights",
             self.weights,
@@ -76,30 +61,8 @@ class DatasetConfig:
     num_train: int | None = None  # only the first of them
 
     def __post_init__(self) -> None:
-        _require_choice("dataset.source", self.source, "auto", "hub", "generated")
-        _require_positive("dataset", self, "num_train")
-
-
-@dataclass
-class OptimizerConfig:
-    name: str = MISSING
-    lr: float = MISSING
-    weight_decay: float = 0.0
-
-
-@dataclass
-class AdamWConfig(OptimizerConfig):
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-
-
-@dataclass
-class MicroAdamConfig(AdamWConfig):
-    window_size: int = 10
-    density: float = 0.01
-    bucket_size: int = 64
-    block_size: int = 4096
-    stochastic_rounding: bool = False
+        require_choice("dataset.source", self.source, "auto", "hub", "generated")
+        require_positive("dataset", self, "num_train")
 
 
 @dataclass
@@ -112,9 +75,9 @@ class HardwareConfig:
     memory_gib: float | None = None  # of the card, for the plan
 
     def __post_init__(self) -> None:
-        _require_choice("hardware.device", self.device, "auto", "cpu", "cuda")
-        _require_choice("hardware.precision", self.precision, "auto", "bf16", "bf16_amp", "fp32")
-        _require_positive("hardware", self, "micro_batch_size", "memory_gib")
+        require_choice("hardware.device", self.device, "auto", "cpu", "cuda")
+        require_choice("hardware.precision", self.precision, "auto", "bf16", "bf16_amp", "fp32")
+        require_positive("hardware", self, "micro_batch_size", "memory_gib")
 
 
 @dataclass
@@ -129,8 +92,8 @@ class TrainingConfig:
     save_model: bool = True  # keep the fine-tuned model in the run folder
 
     def __post_init__(self) -> None:
-        _require_choice("training.schedule", self.schedule, "linear", "cosine", "constant")
-        _require_positive(
+        require_choice("training.schedule", self.schedule, "linear", "cosine", "constant")
+        require_positive(
             "training",
             self,
             "epochs",
@@ -139,7 +102,7 @@ class TrainingConfig:
             "max_grad_norm",
             "checkpoint_every_steps",
         )
-        _require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "must be >= 0")
+        require(self.warmup_steps >= 0, "training.warmup_steps", self.warmup_steps, "must be >= 0")
 
 
 @dataclass
@@ -151,8 +114,8 @@ class EvaluationConfig:
     before_training: bool = True
 
     def __post_init__(self) -> None:
-        _require_positive("evaluation", self, "limit", "batch_size", "max_new_tokens")
-        _require(self.num_fewshot >= 0, "evaluation.num_fewshot", self.num_fewshot, "must be >= 0")
+        require_positive("evaluation", self, "limit", "batch_size", "max_new_tokens")
+        require(self.num_fewshot >= 0, "evaluation.num_fewshot", self.num_fewshot, "must be >= 0")
 
 
 @dataclass
@@ -162,8 +125,8 @@ class LoggerConfig:
     mode: str = "online"  # online | offline
 
     def __post_init__(self) -> None:
-        _require_choice("logger.name", self.name, "none", "wandb")
-        _require_choice("logger.mode", self.mode, "online", "offline")
+        require_choice("logger.name", self.name, "none", "wandb")
+        require_choice("logger.mode", self.mode, "online", "offline")
 
 
 @dataclass
@@ -185,7 +148,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         batch, micro = self.training.global_batch_size, self.hardware.micro_batch_size
-        _require(
+        require(
             batch % min(batch, micro) == 0,
             "training.global_batch_size",
             batch,
@@ -210,8 +173,8 @@ def register() -> None:
     """Makes the dataclasses known to Hydra as the schema that every config file is merged into."""
     store = ConfigStore.instance()
     store.store(name="run_schema", node=RunConfig)
-    store.store(group="schema/optimizer", name="microadam", node=MicroAdamConfig)
-    store.store(group="schema/optimizer", name="adamw", node=AdamWConfig)
+    for name, schema in OPTIMIZERS.items():
+        store.store(group="schema/optimizer", name=name, node=schema)
 
 
 def parse(config: DictConfig) -> RunConfig:

@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""The one exception whose message is meant for the person at the keyboard; checks raise it."""
 
 
 class ExperimentError(Exception):
@@ -6,3 +6,19 @@ class ExperimentError(Exception):
 
     ``run.py`` prints the message alone, without a traceback, and exits with 2.
     """
+
+
+def require(is_valid: bool, name: str, value: object, remedy: str) -> None:
+    if not is_valid:
+        raise ExperimentError(f"{name}={value}: {remedy}")
+
+
+def require_positive(section: str, config: object, *names: str) -> None:
+    """Each named value must be greater than 0 or None."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, f"{section}.{name}", value, "must be greater than 0")
+
+
+def require_choice(name: str, value: str, *choices: str) -> None:
+    require(value in choices, name, value, f"choose one of {', '.join(choices)}")

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from experiments import optimizers, tasks, training
+from experiments import tasks, training
 from experiments.config import RunConfig
 from experiments.data import text
 from experiments.hardware import resolve_precision
@@ -98,7 +98,7 @@ def make(config: RunConfig) -> Plan:
         precision=precision,
         param_bytes=param_bytes,
         grad_bytes=grad_bytes,
-        state_bytes=optimizers.planned_state_bytes(params, config.optimizer),
+        state_bytes=config.optimizer.state_bytes(model),
         activation_bytes=_activation_bytes(task, model, task.plan_batch(config), precision),
         adamw_state_bytes=adamw_state_bytes,
     )

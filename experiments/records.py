@@ -20,7 +20,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from experiments.config import LoggerConfig, RunConfig, run_hash
 from experiments.errors import ExperimentError
 
 _PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "hydra-core", "numpy")
+_OPTIMIZER_PACKAGES = ("bitsandbytes", "torchao", "flashoptim")
 
 
 class RunFolder:
@@ -125,6 +126,9 @@ def provenance() -> dict[str, Any]:
     changes = _git(root, "status", "--porcelain", "--untracked-files=no")
     versions = {"python": platform.python_version(), "microadam": microadam.__version__}
     versions |= {package: importlib.metadata.version(package) for package in _PACKAGES}
+    for package in _OPTIMIZER_PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {
         "git_commit": commit,
         "git_dirty": None if changes is None else bool(changes),

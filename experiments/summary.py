@@ -8,7 +8,6 @@ from typing import Any
 from experiments import training
 from experiments.config import RunConfig
 from experiments.hardware import Hardware
-from experiments.optimizers import planned_state_bytes
 from experiments.planning import Plan
 from experiments.tasks import Task
 
@@ -80,8 +79,7 @@ def of_start(
     folder: Path,
     checkpoint: dict[str, Any] | None,
 ) -> str:
-    params = list(task.model.parameters())
-    num_params = sum(p.numel() for p in params)
+    num_params = sum(p.numel() for p in task.model.parameters())
     overlong = (
         f"; {task.num_overlong_examples} longer than {config.task.max_length} tokens left out"
         if task.num_overlong_examples
@@ -105,7 +103,7 @@ def of_start(
         (
             "optimizer",
             f"{config.optimizer.name}, learning rate {_schedule(config)}, "
-            f"state {_size(planned_state_bytes(params, config.optimizer))}",
+            f"state {_size(config.optimizer.state_bytes(task.model))}",
         ),
         ("folder", str(folder)),
     ]

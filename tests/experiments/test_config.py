@@ -10,8 +10,9 @@ from itertools import product
 import pytest
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.config import MicroAdamConfig, run_hash
+from experiments.config import run_hash
 from experiments.errors import ExperimentError
+from experiments.optimizers import MicroAdamConfig
 from tests.experiments.helpers import ROOT, Compose
 
 GROUPS = ("model", "dataset", "optimizer", "hardware", "logger")
@@ -141,5 +142,5 @@ def test_showing_the_config_loads_nothing_heavy() -> None:
 
 def test_help_shows_commands_groups_and_keys() -> None:
     text = _run("--help").stdout
-    for expected in ("python run.py +sweep=lr_grid", "optimizer: adamw, microadam", "max_length:"):
+    for expected in ("python run.py +sweep=lr_grid", "adamw, adamw4bit", "max_length:"):
         assert expected in text

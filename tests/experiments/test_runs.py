@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import checkpoints, optimizers
+from experiments import checkpoints
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
 from experiments.records import RunFolder
@@ -253,17 +253,6 @@ def test_the_saved_model_is_the_trained_one(composed: Compose) -> None:
     ]
     assert all(moved)
     assert not list(RunFolder(config).checkpoints.glob("*.pt"))
-
-
-@pytest.mark.parametrize("name", ["microadam", "adamw"])
-def test_planned_state_is_the_measured_state(composed: Compose, name: str) -> None:
-    config = composed(f"optimizer={name}")
-    model = torch.nn.Sequential(torch.nn.Linear(100, 70), torch.nn.LayerNorm(70))
-    optimizer = optimizers.build(model, config.optimizer)
-    model(torch.ones(1, 100)).sum().backward()
-    optimizer.step()
-    planned = optimizers.planned_state_bytes(model.parameters(), config.optimizer)
-    assert optimizers.measured_state_bytes(optimizer) == planned
 
 
 def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
