@@ -6,12 +6,22 @@ import os
 import sys
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import config, hub
 from experiments.errors import ExperimentError
+from experiments.optimizers import OPTIMIZERS
+
+
+def register_schemas() -> None:
+    """Makes the dataclasses known to Hydra as what every config file is merged into."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=config.RunConfig)
+    for name, schema in OPTIMIZERS.items():
+        store.store(group="schema/optimizer", name=name, node=schema)
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
@@ -51,7 +61,7 @@ def _one_line(error: BaseException) -> str:
 if __name__ == "__main__":
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here instead of half-printed
-    config.register()
+    register_schemas()
     try:
         main()
     except (ExperimentError, HydraException, OmegaConfBaseException) as error:

@@ -11,12 +11,11 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import ExperimentError, require, require_choice, require_positive
-from experiments.optimizers import OPTIMIZERS, OptimizerConfig
+from experiments.optimizers import OptimizerConfig
 
 
 @dataclass
@@ -167,14 +166,6 @@ def run_hash(config: RunConfig) -> str:
         del values[name]
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def register() -> None:
-    """Makes the dataclasses known to Hydra as the schema that every config file is merged into."""
-    store = ConfigStore.instance()
-    store.store(name="run_schema", node=RunConfig)
-    for name, schema in OPTIMIZERS.items():
-        store.store(group="schema/optimizer", name=name, node=schema)
 
 
 def parse(config: DictConfig) -> RunConfig:

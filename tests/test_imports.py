@@ -24,7 +24,7 @@ OWN_FILES = sorted(
 
 # Library -> where it may be imported: files, or folders with all below them.
 DOORS = {
-    "hydra": ("run.py", "experiments/config.py"),
+    "hydra": ("run.py",),
     "ffcv": ("experiments/data/",),
     "lm_eval": ("experiments/evaluation.py",),
     "wandb": ("experiments/records.py",),

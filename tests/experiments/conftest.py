@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from experiments import config
 from experiments.config import RunConfig
+from run import register_schemas
 from tests.experiments.helpers import ROOT, Compose
 
 
@@ -26,7 +27,7 @@ def composed(tmp_path: Path) -> Compose:
     """Composes a config from command-line overrides; results go to a temporary folder."""
 
     def compose_run(*overrides: str) -> RunConfig:
-        config.register()
+        register_schemas()
         with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
             results = f"results_dir={tmp_path / 'results'}"
             return config.parse(compose("config", overrides=[results, *overrides]))
