@@ -187,13 +187,10 @@ void accumulate(const Settings& s, const Block& block, const Block& next, Scratc
 
   int b = 0;
 #if defined(__AVX2__)
-  const int num_full = size % 64 == 0 ? block.length / size : 0;
-  for (; b < num_full; ++b) {
-    const int i = b * size;
-    accumulate_bucket_avx2(grad + i, block.error + i / 2, scratch.bucket_min[b],
-                           scratch.bucket_unit[b], half, s.inv_scale, *block.threshold,
-                           scratch.accumulator + i, scratch.above + i / 8);
-    prefetch(next_grad + i, size * sizeof(Grad));
+  if (size == kVectorBucket) {
+    b = block.length / size;
+    accumulate_avx2(grad, next_grad, block.error, scratch.bucket_min, scratch.bucket_unit, b,
+                    s.inv_scale, *block.threshold, scratch.accumulator, scratch.above);
   }
 #endif
   const int first_left = b * size;
@@ -334,8 +331,9 @@ void quantize_residual(const Settings& s, const Block& block, const Block& next,
 
   int b = 0;
 #if defined(__AVX2__)
-  const int num_full = size % 64 == 0 ? block.length / size : 0;
-  for (; b < num_full; ++b) bucket_range_avx2(residual + b * size, size, &low[b], &high[b]);
+  const int num_vector_buckets = size == kVectorBucket ? block.length / size : 0;
+  bucket_ranges_avx2(residual, num_vector_buckets, low, high);
+  b = num_vector_buckets;
 #endif
   for (; b < num_buckets; ++b) {
     bucket_range(residual + b * size, std::min(size, block.length - b * size), &low[b], &high[b]);
@@ -350,10 +348,8 @@ void quantize_residual(const Settings& s, const Block& block, const Block& next,
 
   b = 0;
 #if defined(__AVX2__)
-  for (; b < num_full; ++b) {
-    encode_bucket_avx2(residual + b * size, half, low[b], unit[b], block.error + b * half);
-    prefetch(next_values + b * size, size * sizeof(Param));
-  }
+  encode_avx2(residual, next_values, low, unit, num_vector_buckets, block.error);
+  b = num_vector_buckets;
 #endif
   for (; b < num_buckets; ++b) {
     encode_bucket(residual + b * size, std::min(size, block.length - b * size), half, low[b],
@@ -413,6 +409,8 @@ template <class Param, bool kStochastic>
 void apply_updates(const Settings& s, const Block& block, const RoundingKey& key, Scratch& scratch) {
   Param* values = static_cast<Param*>(block.values);
   const float* updates = scratch.updates;
+  float* new_values = scratch.accumulator;
+  Param* rounded = reinterpret_cast<Param*>(static_cast<int32_t*>(scratch.magnitudes));
   const auto round = [&](float value, int index) {
     if constexpr (!kStochastic) return round_to<Param>(value);
     return round_stochastically<Param>(value, random_bits(key, block.first_element + index));
@@ -420,15 +418,21 @@ void apply_updates(const Settings& s, const Block& block, const RoundingKey& key
   if (s.decay == 1.0f) {
     for (int slot = 0; slot < block.num_slots; ++slot) {
       const int16_t* indices = block.window_indices + slot * block.slot_stride;
-      for (int j = 0; j < block.k; ++j) {
-        Param& value = values[indices[j]];
-        value = round(to_float(value) - *updates++, indices[j]);
+      if constexpr (sizeof(Param) == 4) {
+        for (int j = 0; j < block.k; ++j) values[indices[j]] -= updates[j];
+      } else {
+        // Rounding is vectorized, reading and writing cannot be. No index repeats within a slot.
+        for (int j = 0; j < block.k; ++j) new_values[j] = to_float(values[indices[j]]);
+        for (int j = 0; j < block.k; ++j) {
+          rounded[j] = round(new_values[j] - updates[j], indices[j]);
+        }
+        for (int j = 0; j < block.k; ++j) values[indices[j]] = rounded[j];
       }
+      updates += block.k;
     }
     return;
   }
   // Decay reaches every element, and an element is rounded once: gather the new values in float32.
-  float* new_values = scratch.accumulator;
   for (int i = 0; i < block.length; ++i) new_values[i] = to_float(values[i]) * s.decay;
   for (int slot = 0; slot < block.num_slots; ++slot) {
     const int16_t* indices = block.window_indices + slot * block.slot_stride;
