@@ -421,12 +421,13 @@ void apply_updates(const Settings& s, const Block& block, const RoundingKey& key
       if constexpr (sizeof(Param) == 4) {
         for (int j = 0; j < block.k; ++j) values[indices[j]] -= updates[j];
       } else {
-        // Rounding is vectorized, reading and writing cannot be. No index repeats within a slot.
+        // Rounding is vectorized, reading and writing cannot be. Written backwards, because a slot
+        // whose step was skipped may repeat an index, and only the first has the update.
         for (int j = 0; j < block.k; ++j) new_values[j] = to_float(values[indices[j]]);
         for (int j = 0; j < block.k; ++j) {
           rounded[j] = round(new_values[j] - updates[j], indices[j]);
         }
-        for (int j = 0; j < block.k; ++j) values[indices[j]] = rounded[j];
+        for (int j = block.k - 1; j >= 0; --j) values[indices[j]] = rounded[j];
       }
       updates += block.k;
     }
