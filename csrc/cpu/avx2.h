@@ -22,11 +22,11 @@ inline __m256 load(const Float16* p) {
 constexpr int kVectorBucket = 64;
 
 // Accumulators of whole buckets; a bit in `above` for each that reaches the threshold or is NaN.
-// Prefetches the next block's gradient.
-template <class Grad>
-inline void accumulate_avx2(const Grad* grad, const Grad* next_grad, const uint8_t* codes,
-                            const float* bucket_min, const float* bucket_unit, int num_buckets,
-                            float inv_scale, float threshold, float* accumulator, uint8_t* above) {
+template <class Grad, class Prefetcher>
+inline void accumulate_avx2(const Grad* grad, const uint8_t* codes, const float* bucket_min,
+                            const float* bucket_unit, int num_buckets, float inv_scale,
+                            float threshold, float* accumulator, uint8_t* above,
+                            Prefetcher& prefetcher) {
   constexpr int kHalf = kVectorBucket / 2;
   const __m256 scale = _mm256_set1_ps(inv_scale), limit = _mm256_set1_ps(threshold);
   const __m256 magnitude_mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
@@ -47,14 +47,15 @@ inline void accumulate_avx2(const Grad* grad, const Grad* next_grad, const uint8
       accumulate(i, _mm256_and_si256(pairs, _mm256_set1_epi32(15)));
       accumulate(i + kHalf, _mm256_srli_epi32(pairs, 4));
     }
-    prefetch(next_grad, kVectorBucket * sizeof(Grad));
-    grad += kVectorBucket, next_grad += kVectorBucket, accumulator += kVectorBucket;
+    prefetcher.advance();
+    grad += kVectorBucket, accumulator += kVectorBucket;
     codes += kHalf, above += kVectorBucket / 8;
   }
 }
 
+template <class Prefetcher>
 inline void bucket_ranges_avx2(const float* residual, int num_buckets, float* bucket_min,
-                               float* bucket_max) {
+                               float* bucket_max, Prefetcher& prefetcher) {
   for (int b = 0; b < num_buckets; ++b, residual += kVectorBucket) {
     __m256 low = load(residual), high = low;
 #pragma GCC unroll 7
@@ -69,6 +70,7 @@ inline void bucket_ranges_avx2(const float* residual, int num_buckets, float* bu
     high4 = _mm_max_ps(high4, _mm_movehl_ps(high4, high4));
     bucket_min[b] = _mm_cvtss_f32(_mm_min_ss(low4, _mm_movehdup_ps(low4)));
     bucket_max[b] = _mm_cvtss_f32(_mm_max_ss(high4, _mm_movehdup_ps(high4)));
+    if (b % 2 == 0) prefetcher.advance();
   }
 }
 
@@ -85,10 +87,10 @@ inline __m256i encode_32(const float* residual, __m256 low, __m256 unit) {
                              _mm256_packus_epi32(level(16), level(24)));
 }
 
-// The codes of whole buckets. Prefetches the next block's parameters.
-template <class Param>
-inline void encode_avx2(const float* residual, const Param* next_values, const float* bucket_min,
-                        const float* bucket_unit, int num_buckets, uint8_t* codes) {
+// The codes of whole buckets.
+template <class Prefetcher>
+inline void encode_avx2(const float* residual, const float* bucket_min, const float* bucket_unit,
+                        int num_buckets, uint8_t* codes, Prefetcher& prefetcher) {
   constexpr int kHalf = kVectorBucket / 2;
   const __m256i last = _mm256_set1_epi8(15);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -101,8 +103,8 @@ inline void encode_avx2(const float* residual, const Param* next_values, const f
     // Where the unit is 0 the quotients mean nothing, and the codes are 0.
     const __m256i is_used = _mm256_castps_si256(_mm256_cmp_ps(unit, _mm256_setzero_ps(), _CMP_NEQ_OQ));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_and_si256(pairs, is_used));
-    prefetch(next_values, kVectorBucket * sizeof(Param));
-    residual += kVectorBucket, next_values += kVectorBucket, codes += kHalf;
+    prefetcher.advance();
+    residual += kVectorBucket, codes += kHalf;
   }
 }
 

@@ -15,6 +15,7 @@ namespace microadam::cpu {
 namespace {
 
 constexpr int kLine = 64;  // bytes of a cache line
+constexpr int kAdvancesPerSlot = 4;
 
 // Vectors of the compiler's own kind: what they do stays plain C++ on every machine.
 typedef float Moments __attribute__((vector_size(8)));      // first, second
@@ -116,6 +117,33 @@ inline void prefetch(const void* begin, size_t size) {
   for (size_t i = 0; i < size; i += kLine) __builtin_prefetch(line + i, 0, 2);
 }
 
+// Fetches the next block's gradient and parameters. Memory delivers steadily or not at all, so the
+// work on this block calls `advance` some 256 times, as evenly in time as can be: 64 times in each
+// of the loops over buckets, and for each slot of the window.
+template <class Param, class Grad>
+class Prefetcher {
+ public:
+  explicit Prefetcher(const Block& next)
+      : position_(static_cast<const char*>(next.grad)),
+        end_(position_ + next.length * sizeof(Grad)),
+        values_(static_cast<const char*>(next.values)) {}
+
+  void advance() {
+    constexpr size_t kSize = kLine * (sizeof(Param) + sizeof(Grad)) / 4;
+    prefetch(position_, kSize);
+    position_ += kSize;
+    if (position_ >= end_ && values_ != nullptr) {
+      position_ = values_;
+      values_ = nullptr;
+    }
+  }
+
+ private:
+  const char* position_;
+  const char* end_;
+  const char* values_;  // until they are begun
+};
+
 // ---------------------------------------------------------------------------------------------
 // accumulator = gradient + error feedback
 
@@ -173,10 +201,9 @@ namespace microadam::cpu {
 namespace {
 
 // Fills scratch.accumulator and marks what reaches the block's threshold.
-template <class Grad>
-void accumulate(const Settings& s, const Block& block, const Block& next, Scratch& scratch) {
+template <class Grad, class Prefetcher>
+void accumulate(const Settings& s, const Block& block, Scratch& scratch, Prefetcher& prefetcher) {
   const Grad* grad = static_cast<const Grad*>(block.grad);
-  const Grad* next_grad = static_cast<const Grad*>(next.grad);
   const int size = s.bucket_size, half = size / 2;
   const int num_buckets = (block.length + size - 1) / size;
   for (int b = 0; b < num_buckets; ++b) {
@@ -189,8 +216,8 @@ void accumulate(const Settings& s, const Block& block, const Block& next, Scratc
 #if defined(__AVX2__)
   if (size == kVectorBucket) {
     b = block.length / size;
-    accumulate_avx2(grad, next_grad, block.error, scratch.bucket_min, scratch.bucket_unit, b,
-                    s.inv_scale, *block.threshold, scratch.accumulator, scratch.above);
+    accumulate_avx2(grad, block.error, scratch.bucket_min, scratch.bucket_unit, b, s.inv_scale,
+                    *block.threshold, scratch.accumulator, scratch.above, prefetcher);
   }
 #endif
   const int first_left = b * size;
@@ -198,14 +225,15 @@ void accumulate(const Settings& s, const Block& block, const Block& next, Scratc
     const int i = b * size;
     accumulate_bucket(grad + i, block.error + i / 2, scratch.bucket_min[b], scratch.bucket_unit[b],
                       std::min(size, block.length - i), half, s.inv_scale, scratch.accumulator + i);
-    prefetch(next_grad + i, size * sizeof(Grad));
+    prefetcher.advance();
   }
   mark_above(scratch.accumulator + first_left, block.length - first_left, *block.threshold,
              scratch.above + first_left / 8);
 }
 
 // The marked elements in ascending order, into scratch.candidates and scratch.magnitudes.
-inline int gather_candidates(int length, Scratch& scratch) {
+template <class Prefetcher>
+int gather_candidates(int length, Scratch& scratch, Prefetcher& prefetcher) {
   const int num_words = (length + 63) / 64;
   const int num_bytes = (length + 7) / 8;
   memset(scratch.above + num_bytes, 0, num_words * 8 - num_bytes);
@@ -227,6 +255,7 @@ inline int gather_candidates(int length, Scratch& scratch) {
       candidates[count++] = w * 64 + __builtin_ctzll(word);
     }
     count = end;
+    if (w % 2 == 0) prefetcher.advance();
   }
   for (int i = 0; i < count; ++i) {
     scratch.magnitudes[i] = static_cast<int32_t>(magnitude_bits(scratch.accumulator[candidates[i]]));
@@ -275,11 +304,13 @@ inline void find_ranks(int32_t* magnitudes, int count, int k, int num_wanted, in
 
 // Writes the indices of the k largest magnitudes, ascending, and guesses the next step's threshold.
 // Returns false, and writes nothing, where a magnitude is too large or NaN.
-inline bool select_top_k(const Block& block, Scratch& scratch, int16_t* selected) {
+template <class Prefetcher>
+bool select_top_k(const Block& block, Scratch& scratch, int16_t* selected,
+                  Prefetcher& prefetcher) {
   const int k = block.k;
   // More candidates than needed make the next step's guess safe, too many make it slow.
   const int num_wanted = std::min(block.length, k + 3 * static_cast<int>(sqrtf(float(k))) + 1);
-  int count = gather_candidates(block.length, scratch);
+  int count = gather_candidates(block.length, scratch, prefetcher);
   if (count < k || count > 4 * num_wanted) {
     uint32_t largest = 0;
     for (int i = 0; i < block.length; ++i) {
@@ -291,7 +322,7 @@ inline bool select_top_k(const Block& block, Scratch& scratch, int16_t* selected
     }
     const float edge = histogram_threshold(scratch.accumulator, block.length, num_wanted);
     mark_above(scratch.accumulator, block.length, edge, scratch.above);
-    count = gather_candidates(block.length, scratch);
+    count = gather_candidates(block.length, scratch, prefetcher);
   }
   int32_t largest = 0;
   for (int i = 0; i < count; ++i) largest = std::max(largest, scratch.magnitudes[i]);
@@ -319,9 +350,9 @@ inline bool select_top_k(const Block& block, Scratch& scratch, int16_t* selected
   return true;
 }
 
-template <class Param>
-void quantize_residual(const Settings& s, const Block& block, const Block& next, Scratch& scratch) {
-  const Param* next_values = static_cast<const Param*>(next.values);
+template <class Prefetcher>
+void quantize_residual(const Settings& s, const Block& block, Scratch& scratch,
+                       Prefetcher& prefetcher) {
   const float* residual = scratch.accumulator;
   float* low = scratch.bucket_min;
   float* high = scratch.bucket_max;
@@ -332,7 +363,7 @@ void quantize_residual(const Settings& s, const Block& block, const Block& next,
   int b = 0;
 #if defined(__AVX2__)
   const int num_vector_buckets = size == kVectorBucket ? block.length / size : 0;
-  bucket_ranges_avx2(residual, num_vector_buckets, low, high);
+  bucket_ranges_avx2(residual, num_vector_buckets, low, high, prefetcher);
   b = num_vector_buckets;
 #endif
   for (; b < num_buckets; ++b) {
@@ -348,18 +379,20 @@ void quantize_residual(const Settings& s, const Block& block, const Block& next,
 
   b = 0;
 #if defined(__AVX2__)
-  encode_avx2(residual, next_values, low, unit, num_vector_buckets, block.error);
+  encode_avx2(residual, low, unit, num_vector_buckets, block.error, prefetcher);
   b = num_vector_buckets;
 #endif
   for (; b < num_buckets; ++b) {
     encode_bucket(residual + b * size, std::min(size, block.length - b * size), half, low[b],
                   unit[b], block.error + b * half);
-    prefetch(next_values + b * size, size * sizeof(Param));
+    prefetcher.advance();
   }
 }
 
 // Sums the window into scratch.moments, in the order of its slots.
-inline void sum_window(const Settings& s, const Block& block, const Block& next, Scratch& scratch) {
+template <class Prefetcher>
+void sum_window(const Settings& s, const Block& block, const Block& next, Scratch& scratch,
+                Prefetcher& prefetcher) {
   Moments* moments = scratch.moments;
   const int num_buckets = (next.length + s.bucket_size - 1) / s.bucket_size;
   prefetch(next.error, size_t(num_buckets) * s.bucket_size / 2);
@@ -381,6 +414,7 @@ inline void sum_window(const Settings& s, const Block& block, const Block& next,
       memcpy(&term, terms + 2 * j, sizeof(term));
       moments[indices[j]] += term;
     }
+    for (int i = 0; i < kAdvancesPerSlot; ++i) prefetcher.advance();
     prefetch(next.window_indices + slot * next.slot_stride, next.k * sizeof(int16_t));
     prefetch(next.window_values + slot * next.slot_stride, next.k * sizeof(BFloat16));
   }
@@ -388,7 +422,9 @@ inline void sum_window(const Settings& s, const Block& block, const Block& next,
 
 // The updates of the window's entries, by slot and entry, into scratch.updates. Clears the moments
 // on the way: where a coordinate occurs again, its update is 0.
-inline void window_updates(const Block& block, const UpdateFactors& factors, Scratch& scratch) {
+template <class Prefetcher>
+void window_updates(const Block& block, const UpdateFactors& factors, Scratch& scratch,
+                    Prefetcher& prefetcher) {
   Moments* moments = scratch.moments;
   float* sums = scratch.sums;
   int count = 0;
@@ -398,6 +434,7 @@ inline void window_updates(const Block& block, const UpdateFactors& factors, Scr
       memcpy(sums + 2 * count++, &moments[indices[j]], sizeof(Moments));
       moments[indices[j]] = Moments{};
     }
+    for (int i = 0; i < kAdvancesPerSlot; ++i) prefetcher.advance();
   }
   float* updates = scratch.updates;
   for (int i = 0; i < count; ++i) {
@@ -446,18 +483,19 @@ void apply_updates(const Settings& s, const Block& block, const RoundingKey& key
 template <class Param, class Grad>
 bool step_block(const Settings& s, const Parameter& p, const Block& block, const Block& next,
                 Scratch& scratch) {
-  accumulate<Grad>(s, block, next, scratch);
+  Prefetcher<Param, Grad> prefetcher(next);
+  accumulate<Grad>(s, block, scratch, prefetcher);
   int16_t* selected = block.window_indices + block.newest_slot * block.slot_stride;
   BFloat16* selected_values = block.window_values + block.newest_slot * block.slot_stride;
-  if (!select_top_k(block, scratch, selected)) return false;
+  if (!select_top_k(block, scratch, selected, prefetcher)) return false;
   for (int i = 0; i < block.k; ++i) {
     float& value = scratch.accumulator[selected[i]];
     selected_values[i] = round_to<BFloat16>(value);
     value = 0.0f;
   }
-  quantize_residual<Param>(s, block, next, scratch);
-  sum_window(s, block, next, scratch);
-  window_updates(block, p.factors, scratch);
+  quantize_residual(s, block, scratch, prefetcher);
+  sum_window(s, block, next, scratch, prefetcher);
+  window_updates(block, p.factors, scratch, prefetcher);
   if (s.stochastic_rounding && sizeof(Param) == 2) {
     apply_updates<Param, true>(s, block, p.rounding, scratch);
   } else {
