@@ -1,6 +1,6 @@
 """Bytes of optimizer state a parameter, measured on the state tensors after one step.
 
-    python -m benchmarks.memory
+python -m benchmarks.memory
 """
 
 from __future__ import annotations

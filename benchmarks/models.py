@@ -14,7 +14,9 @@ def bert_base() -> Shapes:
     attention: Shapes = [(hidden, hidden), (hidden,)] * 4
     feed_forward: Shapes = [(inner, hidden), (inner,), (hidden, inner), (hidden,)]
     embeddings: Shapes = [(30_522, hidden), (512, hidden), (2, hidden), *norm]
-    return embeddings + 12 * (attention + norm + feed_forward + norm) + [(hidden, hidden), (hidden,)]
+    return (
+        embeddings + 12 * (attention + norm + feed_forward + norm) + [(hidden, hidden), (hidden,)]
+    )
 
 
 def smollm2_135m() -> Shapes:

@@ -20,7 +20,9 @@ def environment(device: str) -> dict[str, Any]:
     packages = ("bitsandbytes", "torchao", "flashoptim", "galore-torch", "came-pytorch")
     installed = {d.metadata["Name"].lower() for d in metadata.distributions()}
     return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+        ),
         "microadam": __version__,
         "kernel": ops.native_kernel(device) or "plain torch",
         "torch": torch.__version__,

@@ -98,10 +98,11 @@ inline void encode_avx2(const float* residual, const float* bucket_min, const fl
     const __m256 low = _mm256_set1_ps(bucket_min[b]), unit = _mm256_set1_ps(bucket_unit[b]);
     const __m256i first = _mm256_min_epu8(encode_32(residual, low, unit), last);
     const __m256i second = _mm256_min_epu8(encode_32(residual + kHalf, low, unit), last);
-    const __m256i pairs = _mm256_permutevar8x32_epi32(
-        _mm256_or_si256(first, _mm256_slli_epi16(second, 4)), order);
+    const __m256i pairs =
+        _mm256_permutevar8x32_epi32(_mm256_or_si256(first, _mm256_slli_epi16(second, 4)), order);
     // Where the unit is 0 the quotients mean nothing, and the codes are 0.
-    const __m256i is_used = _mm256_castps_si256(_mm256_cmp_ps(unit, _mm256_setzero_ps(), _CMP_NEQ_OQ));
+    const __m256i is_used =
+        _mm256_castps_si256(_mm256_cmp_ps(unit, _mm256_setzero_ps(), _CMP_NEQ_OQ));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_and_si256(pairs, is_used));
     prefetcher.advance();
     residual += kVectorBucket, codes += kHalf;

@@ -18,7 +18,7 @@ constexpr int kLine = 64;  // bytes of a cache line
 constexpr int kAdvancesPerSlot = 4;
 
 // Vectors of the compiler's own kind: what they do stays plain C++ on every machine.
-typedef float Moments __attribute__((vector_size(8)));      // first, second
+typedef float Moments __attribute__((vector_size(8)));  // first, second
 typedef int32_t EightInts __attribute__((vector_size(32)));
 
 // ---------------------------------------------------------------------------------------------
@@ -61,9 +61,9 @@ struct Scratch {
   Buffer<uint8_t> above;      // a bit an element: whether its magnitude reaches the threshold
   Buffer<int32_t> candidates;
   Buffer<int32_t> magnitudes;  // of the candidates, as bits: ordered as the floats are
-  Buffer<Moments> moments;  // (block_size,), all 0 between blocks
-  Buffer<float> sums;       // (window_size * k, 2), also the terms of a slot
-  Buffer<float> updates;    // (window_size * k,)
+  Buffer<Moments> moments;     // (block_size,), all 0 between blocks
+  Buffer<float> sums;          // (window_size * k, 2), also the terms of a slot
+  Buffer<float> updates;       // (window_size * k,)
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -111,15 +111,15 @@ inline Block block_of(const Settings& s, const Parameter& p, int64_t index) {
   };
 }
 
-// Asks for the memory from `begin` on. Past the end of a tensor this does nothing.
+// Asks for the memory from `begin` on. It may lie past the end of a tensor.
 inline void prefetch(const void* begin, size_t size) {
   const char* line = static_cast<const char*>(begin);
   for (size_t i = 0; i < size; i += kLine) __builtin_prefetch(line + i, 0, 2);
 }
 
-// Fetches the next block's gradient and parameters. Memory delivers steadily or not at all, so the
-// work on this block calls `advance` some 256 times, as evenly in time as can be: 64 times in each
-// of the loops over buckets, and for each slot of the window.
+// Fetches the next block's gradient and parameters a piece at a time. The work on this block calls
+// `advance` a little more often than there are pieces (256 in 4,096 elements), as evenly in time as
+// can be: fetched in bursts, the lines arrive late, and the step takes a sixth longer.
 template <class Param, class Grad>
 class Prefetcher {
  public:
@@ -148,8 +148,8 @@ class Prefetcher {
 // accumulator = gradient + error feedback
 
 template <class Grad>
-void accumulate_bucket(const Grad* grad, const uint8_t* codes, float minimum, float unit, int length,
-                       int half, float inv_scale, float* accumulator) {
+void accumulate_bucket(const Grad* grad, const uint8_t* codes, float minimum, float unit,
+                       int length, int half, float inv_scale, float* accumulator) {
   for (int i = 0; i < length; ++i) {
     const uint32_t code = i < half ? codes[i] & 15u : uint32_t{codes[i - half]} >> 4;
     accumulator[i] = to_float(grad[i]) * inv_scale + dequantize(code, minimum, unit);
@@ -258,7 +258,8 @@ int gather_candidates(int length, Scratch& scratch, Prefetcher& prefetcher) {
     if (w % 2 == 0) prefetcher.advance();
   }
   for (int i = 0; i < count; ++i) {
-    scratch.magnitudes[i] = static_cast<int32_t>(magnitude_bits(scratch.accumulator[candidates[i]]));
+    scratch.magnitudes[i] =
+        static_cast<int32_t>(magnitude_bits(scratch.accumulator[candidates[i]]));
   }
   return count;
 }
@@ -274,8 +275,9 @@ inline float histogram_threshold(const float* accumulator, int length, int rank)
   return float_of(static_cast<uint32_t>(bin) << kShift);
 }
 
-// The magnitudes of rank k and of rank num_wanted (or the last one, if there are fewer): each is the
-// smallest of those that fewer than so many others exceed. The array has room for a multiple of 16.
+// The magnitudes of rank k and of rank num_wanted (or the last one, if there are fewer): each is
+// the smallest of those that fewer than so many others exceed. The array has room for a multiple
+// of 16.
 inline void find_ranks(int32_t* magnitudes, int count, int k, int num_wanted, int32_t* kth,
                        int32_t* wanted) {
   const EightInts largest = EightInts{} + INT32_MAX;
@@ -305,8 +307,7 @@ inline void find_ranks(int32_t* magnitudes, int count, int k, int num_wanted, in
 // Writes the indices of the k largest magnitudes, ascending, and guesses the next step's threshold.
 // Returns false, and writes nothing, where a magnitude is too large or NaN.
 template <class Prefetcher>
-bool select_top_k(const Block& block, Scratch& scratch, int16_t* selected,
-                  Prefetcher& prefetcher) {
+bool select_top_k(const Block& block, Scratch& scratch, int16_t* selected, Prefetcher& prefetcher) {
   const int k = block.k;
   // More candidates than needed make the next step's guess safe, too many make it slow.
   const int num_wanted = std::min(block.length, k + 3 * static_cast<int>(sqrtf(float(k))) + 1);
@@ -335,7 +336,8 @@ bool select_top_k(const Block& block, Scratch& scratch, int16_t* selected,
   if (count < num_wanted) {
     // Continue the line from the k-th magnitude to the smallest candidate.
     const float slope = (float_of(kth) - threshold) / static_cast<float>(count - k + 1);
-    threshold = std::max(0.5f * threshold, threshold - slope * static_cast<float>(num_wanted - count));
+    threshold =
+        std::max(0.5f * threshold, threshold - slope * static_cast<float>(num_wanted - count));
   }
   *block.threshold = threshold;
 
@@ -407,7 +409,8 @@ void sum_window(const Settings& s, const Block& block, const Block& next, Scratc
     for (int j = 0; j < block.k; ++j) {
       const float value = to_float(values[j]);
       terms[2 * j] = value * power1;
-      terms[2 * j + 1] = value * power2 * value;  // the weight first: it may be 0, the square infinite
+      terms[2 * j + 1] =
+          value * power2 * value;  // the weight first: it may be 0, the square infinite
     }
     for (int j = 0; j < block.k; ++j) {
       Moments term;
@@ -443,7 +446,8 @@ void window_updates(const Block& block, const UpdateFactors& factors, Scratch& s
 }
 
 template <class Param, bool kStochastic>
-void apply_updates(const Settings& s, const Block& block, const RoundingKey& key, Scratch& scratch) {
+void apply_updates(const Settings& s, const Block& block, const RoundingKey& key,
+                   Scratch& scratch) {
   Param* values = static_cast<Param*>(block.values);
   const float* updates = scratch.updates;
   float* new_values = scratch.accumulator;
