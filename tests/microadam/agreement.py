@@ -114,7 +114,9 @@ def step_and_compare(run: Run, grads: list[Tensor]) -> None:
     for ours, theirs, old in zip(native.params, run.params, before, strict=True):
         difference = (ours.double() - theirs.double()).abs()
         update = (theirs.double() - old.double()).abs()
-        tolerance = torch.finfo(ours.dtype).eps * theirs.double().abs() + UPDATE_TOLERANCE * update
+        # Decay and update may cancel, so that the old value's place counts as well.
+        place = torch.maximum(theirs.double().abs(), old.double().abs())
+        tolerance = torch.finfo(ours.dtype).eps * place + UPDATE_TOLERANCE * update
         # Below the smallest normal number the last place does not shrink any more.
         tolerance += torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps
         agrees = (difference <= tolerance) | (ours == theirs) | (ours.isnan() & theirs.isnan())
