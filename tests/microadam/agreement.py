@@ -113,9 +113,9 @@ def step_and_compare(run: Run, grads: list[Tensor]) -> None:
             )
     for ours, theirs, old in zip(native.params, run.params, before, strict=True):
         difference = (ours.double() - theirs.double()).abs()
-        update = (theirs.double() - old.double()).abs()
-        # Decay and update may cancel, so that the old value's place counts as well.
-        place = torch.maximum(theirs.double().abs(), old.double().abs())
+        decayed = old.double() * (1 - run.hyper.lr * run.hyper.weight_decay)
+        update = (theirs.double() - decayed).abs()
+        place = torch.maximum(theirs.double().abs(), decayed.abs())
         tolerance = torch.finfo(ours.dtype).eps * place + UPDATE_TOLERANCE * update
         # Below the smallest normal number the last place does not shrink any more.
         tolerance += torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps
