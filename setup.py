@@ -28,7 +28,7 @@ SOURCES = ("library.cpp", "cpu/step.cpp", "cpu/kernel_generic.cpp")
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 # Results must not depend on the compiler: no contraction to fused multiply-adds, no fast math.
-# The two -fno-math... flags change no result; they let square roots and comparisons be vectorized.
+# -fno-math-errno and -fno-trapping-math change no result; they let loops be vectorized.
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -125,8 +125,8 @@ class BuildNative(build_ext):
         except CannotBuildError as error:
             target.unlink(missing_ok=True)  # an older one would not fit these sources
             print(
-                "WARNING: MicroAdam's native library was not built, so every step will run in plain "
-                f"torch, which is many times slower: {error}",
+                "WARNING: MicroAdam's native library was not built, so every step will run in "
+                f"plain torch, which is many times slower: {error}",
                 file=sys.stderr,
             )
 

@@ -4,8 +4,8 @@
 // operation in the same order. Build without contraction (-ffp-contract=off, nvcc -fmad=false) and
 // without -ffast-math.
 //
-// The functions stand in an unnamed namespace: the CPU kernel is compiled once for every instruction
-// set, and the linker must not merge a copy that uses AVX2 with one that must not.
+// The functions stand in an unnamed namespace: the CPU kernel is compiled once for every
+// instruction set, and the linker must not merge a copy that uses AVX2 with one that must not.
 #pragma once
 
 #include <cmath>
@@ -91,8 +91,9 @@ MICROADAM_FN float round_to<float>(float value) {
 template <>
 MICROADAM_FN BFloat16 round_to<BFloat16>(float value) {
   const uint32_t bits = bits_of(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};
-  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return {static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
 }
 
 template <>
@@ -178,7 +179,8 @@ MICROADAM_FN Float16 round_stochastically<Float16>(float value, uint32_t bits) {
   if (!(magnitude < 65504.0f)) return round_to<Float16>(value);
   // A half keeps 10 bits below the leading one; its unit stops shrinking at 2^-24.
   const int exponent = static_cast<int>(bits_of(magnitude) >> 23) - 127;
-  const float unit = float_of(static_cast<uint32_t>((exponent < -14 ? -14 : exponent) - 10 + 127) << 23);
+  const float unit =
+      float_of(static_cast<uint32_t>((exponent < -14 ? -14 : exponent) - 10 + 127) << 23);
   const float fraction = static_cast<float>(bits & 0x1fffu) * 0x1p-13f;
   return round_to<Float16>(copysignf(floorf(magnitude / unit + fraction) * unit, value));
 }

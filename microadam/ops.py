@@ -301,7 +301,9 @@ def _check_arguments(
         for name, (shape, dtype) in layout.state_spec.items():
             _require(f"{name}[{i}]", lists[name][i], shape, (dtype,), device)  # type: ignore[arg-type]
         _require(f"thresholds[{i}]", thresholds[i], (layout.num_blocks,), (torch.float32,), device)
-    _require("num_skipped_blocks", num_skipped_blocks, (), (torch.int64,), num_skipped_blocks.device)
+    _require(
+        "num_skipped_blocks", num_skipped_blocks, (), (torch.int64,), num_skipped_blocks.device
+    )
 
 
 def _require(

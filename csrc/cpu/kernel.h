@@ -15,9 +15,10 @@ namespace microadam::cpu {
 namespace {
 
 constexpr int kLine = 64;  // bytes of a cache line
+constexpr int kAdvancesPerSlot = 4;
 
 // Vectors of the compiler's own kind: what they do stays plain C++ on every machine.
-typedef float Moments __attribute__((vector_size(8)));      // first, second
+typedef float Moments __attribute__((vector_size(8)));  // first, second
 typedef int32_t EightInts __attribute__((vector_size(32)));
 
 // ---------------------------------------------------------------------------------------------
@@ -60,9 +61,9 @@ struct Scratch {
   Buffer<uint8_t> above;      // a bit an element: whether its magnitude reaches the threshold
   Buffer<int32_t> candidates;
   Buffer<int32_t> magnitudes;  // of the candidates, as bits: ordered as the floats are
-  Buffer<Moments> moments;  // (block_size,), all 0 between blocks
-  Buffer<float> sums;       // (window_size * k, 2), also the terms of a slot
-  Buffer<float> updates;    // (window_size * k,)
+  Buffer<Moments> moments;     // (block_size,), all 0 between blocks
+  Buffer<float> sums;          // (window_size * k, 2), also the terms of a slot
+  Buffer<float> updates;       // (window_size * k,)
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -110,18 +111,45 @@ inline Block block_of(const Settings& s, const Parameter& p, int64_t index) {
   };
 }
 
-// Asks for the memory from `begin` on. Past the end of a tensor this does nothing.
+// Asks for the memory from `begin` on. It may lie past the end of a tensor.
 inline void prefetch(const void* begin, size_t size) {
   const char* line = static_cast<const char*>(begin);
   for (size_t i = 0; i < size; i += kLine) __builtin_prefetch(line + i, 0, 2);
 }
 
+// Fetches the next block's gradient and parameters a piece at a time. The work on this block calls
+// `advance` a little more often than there are pieces (256 in 4,096 elements), as evenly in time as
+// can be: fetched in bursts, the lines arrive late, and the step takes a sixth longer.
+template <class Param, class Grad>
+class Prefetcher {
+ public:
+  explicit Prefetcher(const Block& next)
+      : position_(static_cast<const char*>(next.grad)),
+        end_(position_ + next.length * sizeof(Grad)),
+        values_(static_cast<const char*>(next.values)) {}
+
+  void advance() {
+    constexpr size_t kSize = kLine * (sizeof(Param) + sizeof(Grad)) / 4;
+    prefetch(position_, kSize);
+    position_ += kSize;
+    if (position_ >= end_ && values_ != nullptr) {
+      position_ = values_;
+      values_ = nullptr;
+    }
+  }
+
+ private:
+  const char* position_;
+  const char* end_;
+  const char* values_;  // until they are begun
+};
+
 // ---------------------------------------------------------------------------------------------
 // accumulator = gradient + error feedback
 
 template <class Grad>
-void accumulate_bucket(const Grad* grad, const uint8_t* codes, float minimum, float unit, int length,
-                       int half, float inv_scale, float* accumulator) {
+void accumulate_bucket(const Grad* grad, const uint8_t* codes, float minimum, float unit,
+                       int length, int half, float inv_scale, float* accumulator) {
   for (int i = 0; i < length; ++i) {
     const uint32_t code = i < half ? codes[i] & 15u : uint32_t{codes[i - half]} >> 4;
     accumulator[i] = to_float(grad[i]) * inv_scale + dequantize(code, minimum, unit);
@@ -173,10 +201,9 @@ namespace microadam::cpu {
 namespace {
 
 // Fills scratch.accumulator and marks what reaches the block's threshold.
-template <class Grad>
-void accumulate(const Settings& s, const Block& block, const Block& next, Scratch& scratch) {
+template <class Grad, class Prefetcher>
+void accumulate(const Settings& s, const Block& block, Scratch& scratch, Prefetcher& prefetcher) {
   const Grad* grad = static_cast<const Grad*>(block.grad);
-  const Grad* next_grad = static_cast<const Grad*>(next.grad);
   const int size = s.bucket_size, half = size / 2;
   const int num_buckets = (block.length + size - 1) / size;
   for (int b = 0; b < num_buckets; ++b) {
@@ -187,13 +214,10 @@ void accumulate(const Settings& s, const Block& block, const Block& next, Scratc
 
   int b = 0;
 #if defined(__AVX2__)
-  const int num_full = size % 64 == 0 ? block.length / size : 0;
-  for (; b < num_full; ++b) {
-    const int i = b * size;
-    accumulate_bucket_avx2(grad + i, block.error + i / 2, scratch.bucket_min[b],
-                           scratch.bucket_unit[b], half, s.inv_scale, *block.threshold,
-                           scratch.accumulator + i, scratch.above + i / 8);
-    prefetch(next_grad + i, size * sizeof(Grad));
+  if (size == kVectorBucket) {
+    b = block.length / size;
+    accumulate_avx2(grad, block.error, scratch.bucket_min, scratch.bucket_unit, b, s.inv_scale,
+                    *block.threshold, scratch.accumulator, scratch.above, prefetcher);
   }
 #endif
   const int first_left = b * size;
@@ -201,14 +225,15 @@ void accumulate(const Settings& s, const Block& block, const Block& next, Scratc
     const int i = b * size;
     accumulate_bucket(grad + i, block.error + i / 2, scratch.bucket_min[b], scratch.bucket_unit[b],
                       std::min(size, block.length - i), half, s.inv_scale, scratch.accumulator + i);
-    prefetch(next_grad + i, size * sizeof(Grad));
+    prefetcher.advance();
   }
   mark_above(scratch.accumulator + first_left, block.length - first_left, *block.threshold,
              scratch.above + first_left / 8);
 }
 
 // The marked elements in ascending order, into scratch.candidates and scratch.magnitudes.
-inline int gather_candidates(int length, Scratch& scratch) {
+template <class Prefetcher>
+int gather_candidates(int length, Scratch& scratch, Prefetcher& prefetcher) {
   const int num_words = (length + 63) / 64;
   const int num_bytes = (length + 7) / 8;
   memset(scratch.above + num_bytes, 0, num_words * 8 - num_bytes);
@@ -230,9 +255,11 @@ inline int gather_candidates(int length, Scratch& scratch) {
       candidates[count++] = w * 64 + __builtin_ctzll(word);
     }
     count = end;
+    if (w % 2 == 0) prefetcher.advance();
   }
   for (int i = 0; i < count; ++i) {
-    scratch.magnitudes[i] = static_cast<int32_t>(magnitude_bits(scratch.accumulator[candidates[i]]));
+    scratch.magnitudes[i] =
+        static_cast<int32_t>(magnitude_bits(scratch.accumulator[candidates[i]]));
   }
   return count;
 }
@@ -248,8 +275,9 @@ inline float histogram_threshold(const float* accumulator, int length, int rank)
   return float_of(static_cast<uint32_t>(bin) << kShift);
 }
 
-// The magnitudes of rank k and of rank num_wanted (or the last one, if there are fewer): each is the
-// smallest of those that fewer than so many others exceed. The array has room for a multiple of 16.
+// The magnitudes of rank k and of rank num_wanted (or the last one, if there are fewer): each is
+// the smallest of those that fewer than so many others exceed. The array has room for a multiple
+// of 16.
 inline void find_ranks(int32_t* magnitudes, int count, int k, int num_wanted, int32_t* kth,
                        int32_t* wanted) {
   const EightInts largest = EightInts{} + INT32_MAX;
@@ -278,11 +306,12 @@ inline void find_ranks(int32_t* magnitudes, int count, int k, int num_wanted, in
 
 // Writes the indices of the k largest magnitudes, ascending, and guesses the next step's threshold.
 // Returns false, and writes nothing, where a magnitude is too large or NaN.
-inline bool select_top_k(const Block& block, Scratch& scratch, int16_t* selected) {
+template <class Prefetcher>
+bool select_top_k(const Block& block, Scratch& scratch, int16_t* selected, Prefetcher& prefetcher) {
   const int k = block.k;
   // More candidates than needed make the next step's guess safe, too many make it slow.
   const int num_wanted = std::min(block.length, k + 3 * static_cast<int>(sqrtf(float(k))) + 1);
-  int count = gather_candidates(block.length, scratch);
+  int count = gather_candidates(block.length, scratch, prefetcher);
   if (count < k || count > 4 * num_wanted) {
     uint32_t largest = 0;
     for (int i = 0; i < block.length; ++i) {
@@ -294,7 +323,7 @@ inline bool select_top_k(const Block& block, Scratch& scratch, int16_t* selected
     }
     const float edge = histogram_threshold(scratch.accumulator, block.length, num_wanted);
     mark_above(scratch.accumulator, block.length, edge, scratch.above);
-    count = gather_candidates(block.length, scratch);
+    count = gather_candidates(block.length, scratch, prefetcher);
   }
   int32_t largest = 0;
   for (int i = 0; i < count; ++i) largest = std::max(largest, scratch.magnitudes[i]);
@@ -307,7 +336,8 @@ inline bool select_top_k(const Block& block, Scratch& scratch, int16_t* selected
   if (count < num_wanted) {
     // Continue the line from the k-th magnitude to the smallest candidate.
     const float slope = (float_of(kth) - threshold) / static_cast<float>(count - k + 1);
-    threshold = std::max(0.5f * threshold, threshold - slope * static_cast<float>(num_wanted - count));
+    threshold =
+        std::max(0.5f * threshold, threshold - slope * static_cast<float>(num_wanted - count));
   }
   *block.threshold = threshold;
 
@@ -322,9 +352,9 @@ inline bool select_top_k(const Block& block, Scratch& scratch, int16_t* selected
   return true;
 }
 
-template <class Param>
-void quantize_residual(const Settings& s, const Block& block, const Block& next, Scratch& scratch) {
-  const Param* next_values = static_cast<const Param*>(next.values);
+template <class Prefetcher>
+void quantize_residual(const Settings& s, const Block& block, Scratch& scratch,
+                       Prefetcher& prefetcher) {
   const float* residual = scratch.accumulator;
   float* low = scratch.bucket_min;
   float* high = scratch.bucket_max;
@@ -334,8 +364,9 @@ void quantize_residual(const Settings& s, const Block& block, const Block& next,
 
   int b = 0;
 #if defined(__AVX2__)
-  const int num_full = size % 64 == 0 ? block.length / size : 0;
-  for (; b < num_full; ++b) bucket_range_avx2(residual + b * size, size, &low[b], &high[b]);
+  const int num_vector_buckets = size == kVectorBucket ? block.length / size : 0;
+  bucket_ranges_avx2(residual, num_vector_buckets, low, high, prefetcher);
+  b = num_vector_buckets;
 #endif
   for (; b < num_buckets; ++b) {
     bucket_range(residual + b * size, std::min(size, block.length - b * size), &low[b], &high[b]);
@@ -350,20 +381,20 @@ void quantize_residual(const Settings& s, const Block& block, const Block& next,
 
   b = 0;
 #if defined(__AVX2__)
-  for (; b < num_full; ++b) {
-    encode_bucket_avx2(residual + b * size, half, low[b], unit[b], block.error + b * half);
-    prefetch(next_values + b * size, size * sizeof(Param));
-  }
+  encode_avx2(residual, low, unit, num_vector_buckets, block.error, prefetcher);
+  b = num_vector_buckets;
 #endif
   for (; b < num_buckets; ++b) {
     encode_bucket(residual + b * size, std::min(size, block.length - b * size), half, low[b],
                   unit[b], block.error + b * half);
-    prefetch(next_values + b * size, size * sizeof(Param));
+    prefetcher.advance();
   }
 }
 
 // Sums the window into scratch.moments, in the order of its slots.
-inline void sum_window(const Settings& s, const Block& block, const Block& next, Scratch& scratch) {
+template <class Prefetcher>
+void sum_window(const Settings& s, const Block& block, const Block& next, Scratch& scratch,
+                Prefetcher& prefetcher) {
   Moments* moments = scratch.moments;
   const int num_buckets = (next.length + s.bucket_size - 1) / s.bucket_size;
   prefetch(next.error, size_t(num_buckets) * s.bucket_size / 2);
@@ -378,13 +409,15 @@ inline void sum_window(const Settings& s, const Block& block, const Block& next,
     for (int j = 0; j < block.k; ++j) {
       const float value = to_float(values[j]);
       terms[2 * j] = value * power1;
-      terms[2 * j + 1] = value * power2 * value;  // the weight first: it may be 0, the square infinite
+      terms[2 * j + 1] =
+          value * power2 * value;  // the weight first: it may be 0, the square infinite
     }
     for (int j = 0; j < block.k; ++j) {
       Moments term;
       memcpy(&term, terms + 2 * j, sizeof(term));
       moments[indices[j]] += term;
     }
+    for (int i = 0; i < kAdvancesPerSlot; ++i) prefetcher.advance();
     prefetch(next.window_indices + slot * next.slot_stride, next.k * sizeof(int16_t));
     prefetch(next.window_values + slot * next.slot_stride, next.k * sizeof(BFloat16));
   }
@@ -392,7 +425,9 @@ inline void sum_window(const Settings& s, const Block& block, const Block& next,
 
 // The updates of the window's entries, by slot and entry, into scratch.updates. Clears the moments
 // on the way: where a coordinate occurs again, its update is 0.
-inline void window_updates(const Block& block, const UpdateFactors& factors, Scratch& scratch) {
+template <class Prefetcher>
+void window_updates(const Block& block, const UpdateFactors& factors, Scratch& scratch,
+                    Prefetcher& prefetcher) {
   Moments* moments = scratch.moments;
   float* sums = scratch.sums;
   int count = 0;
@@ -402,6 +437,7 @@ inline void window_updates(const Block& block, const UpdateFactors& factors, Scr
       memcpy(sums + 2 * count++, &moments[indices[j]], sizeof(Moments));
       moments[indices[j]] = Moments{};
     }
+    for (int i = 0; i < kAdvancesPerSlot; ++i) prefetcher.advance();
   }
   float* updates = scratch.updates;
   for (int i = 0; i < count; ++i) {
@@ -410,9 +446,12 @@ inline void window_updates(const Block& block, const UpdateFactors& factors, Scr
 }
 
 template <class Param, bool kStochastic>
-void apply_updates(const Settings& s, const Block& block, const RoundingKey& key, Scratch& scratch) {
+void apply_updates(const Settings& s, const Block& block, const RoundingKey& key,
+                   Scratch& scratch) {
   Param* values = static_cast<Param*>(block.values);
   const float* updates = scratch.updates;
+  float* new_values = scratch.accumulator;
+  Param* rounded = reinterpret_cast<Param*>(static_cast<int32_t*>(scratch.magnitudes));
   const auto round = [&](float value, int index) {
     if constexpr (!kStochastic) return round_to<Param>(value);
     return round_stochastically<Param>(value, random_bits(key, block.first_element + index));
@@ -420,15 +459,22 @@ void apply_updates(const Settings& s, const Block& block, const RoundingKey& key
   if (s.decay == 1.0f) {
     for (int slot = 0; slot < block.num_slots; ++slot) {
       const int16_t* indices = block.window_indices + slot * block.slot_stride;
-      for (int j = 0; j < block.k; ++j) {
-        Param& value = values[indices[j]];
-        value = round(to_float(value) - *updates++, indices[j]);
+      if constexpr (sizeof(Param) == 4) {
+        for (int j = 0; j < block.k; ++j) values[indices[j]] -= updates[j];
+      } else {
+        // Rounding is vectorized, reading and writing cannot be. Written backwards, because a slot
+        // whose step was skipped may repeat an index, and only the first has the update.
+        for (int j = 0; j < block.k; ++j) new_values[j] = to_float(values[indices[j]]);
+        for (int j = 0; j < block.k; ++j) {
+          rounded[j] = round(new_values[j] - updates[j], indices[j]);
+        }
+        for (int j = block.k - 1; j >= 0; --j) values[indices[j]] = rounded[j];
       }
+      updates += block.k;
     }
     return;
   }
   // Decay reaches every element, and an element is rounded once: gather the new values in float32.
-  float* new_values = scratch.accumulator;
   for (int i = 0; i < block.length; ++i) new_values[i] = to_float(values[i]) * s.decay;
   for (int slot = 0; slot < block.num_slots; ++slot) {
     const int16_t* indices = block.window_indices + slot * block.slot_stride;
@@ -441,18 +487,19 @@ void apply_updates(const Settings& s, const Block& block, const RoundingKey& key
 template <class Param, class Grad>
 bool step_block(const Settings& s, const Parameter& p, const Block& block, const Block& next,
                 Scratch& scratch) {
-  accumulate<Grad>(s, block, next, scratch);
+  Prefetcher<Param, Grad> prefetcher(next);
+  accumulate<Grad>(s, block, scratch, prefetcher);
   int16_t* selected = block.window_indices + block.newest_slot * block.slot_stride;
   BFloat16* selected_values = block.window_values + block.newest_slot * block.slot_stride;
-  if (!select_top_k(block, scratch, selected)) return false;
+  if (!select_top_k(block, scratch, selected, prefetcher)) return false;
   for (int i = 0; i < block.k; ++i) {
     float& value = scratch.accumulator[selected[i]];
     selected_values[i] = round_to<BFloat16>(value);
     value = 0.0f;
   }
-  quantize_residual<Param>(s, block, next, scratch);
-  sum_window(s, block, next, scratch);
-  window_updates(block, p.factors, scratch);
+  quantize_residual(s, block, scratch, prefetcher);
+  sum_window(s, block, next, scratch, prefetcher);
+  window_updates(block, p.factors, scratch, prefetcher);
   if (s.stochastic_rounding && sizeof(Param) == 2) {
     apply_updates<Param, true>(s, block, p.rounding, scratch);
   } else {

@@ -1,6 +1,6 @@
 // microadam::step_ on a CPU: gathers the pointers of all parameters, and gives the threads equal
 // shares of all their blocks.
-#include "../library.h"
+#include "step.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "step.h"
+#include "../library.h"
 
 namespace microadam {
 namespace {

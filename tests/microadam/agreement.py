@@ -113,8 +113,10 @@ def step_and_compare(run: Run, grads: list[Tensor]) -> None:
             )
     for ours, theirs, old in zip(native.params, run.params, before, strict=True):
         difference = (ours.double() - theirs.double()).abs()
-        update = (theirs.double() - old.double()).abs()
-        tolerance = torch.finfo(ours.dtype).eps * theirs.double().abs() + UPDATE_TOLERANCE * update
+        decayed = old.double() * (1 - run.hyper.lr * run.hyper.weight_decay)
+        update = (theirs.double() - decayed).abs()
+        place = torch.maximum(theirs.double().abs(), decayed.abs())
+        tolerance = torch.finfo(ours.dtype).eps * place + UPDATE_TOLERANCE * update
         # Below the smallest normal number the last place does not shrink any more.
         tolerance += torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps
         agrees = (difference <= tolerance) | (ours == theirs) | (ours.isnan() & theirs.isnan())

@@ -43,9 +43,7 @@ def arguments(run: Run, lr_tensor: Tensor | None = None, **changes: Any) -> tupl
 @pytest.mark.parametrize("lr_tensor", [None, torch.tensor(0.01)])
 def test_operator_passes_opcheck(lr_tensor: Tensor | None) -> None:
     """The schema tells what is written, and fake tensors and autograd are registered rightly."""
-    torch.library.opcheck(
-        torch.ops.microadam.step_.default, arguments(new_run(5000, 3), lr_tensor)
-    )
+    torch.library.opcheck(torch.ops.microadam.step_.default, arguments(new_run(5000, 3), lr_tensor))
 
 
 def test_step_marks_parameters_as_changed() -> None:
@@ -118,9 +116,7 @@ def damage_state(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Run
         (lambda run: setattr(run, "num_skipped_blocks", torch.zeros(1)), "num_skipped_blocks"),
     ],
 )
-def test_fake_refuses_tensors_that_do_not_fit(
-    damage: Callable[[Run], None], message: str
-) -> None:
+def test_fake_refuses_tensors_that_do_not_fit(damage: Callable[[Run], None], message: str) -> None:
     run = new_run(5000, 300)
     damage(run)
     with pytest.raises(ValueError, match=message):
@@ -188,9 +184,7 @@ def test_package_without_its_library_steps_in_plain_torch(
     result = in_new_process(TAKE_A_STEP, PYTHONPATH=str(tmp_path))
     assert result.stdout == "'' True\n", result.stderr
     assert result.stderr.count("MicroAdam's native library is not used") == 1
-    result = in_new_process(
-        TAKE_A_STEP, PYTHONPATH=str(tmp_path), MICROADAM_BACKEND="native"
-    )
+    result = in_new_process(TAKE_A_STEP, PYTHONPATH=str(tmp_path), MICROADAM_BACKEND="native")
     assert "RuntimeError: MICROADAM_BACKEND=native, but" in result.stderr
 
 

@@ -1,0 +1,70 @@
+"""Bytes of optimizer state a parameter, measured on the state tensors after one step.
+
+python -m benchmarks.memory
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import report
+from benchmarks.models import MODELS, num_parameters
+from benchmarks.optimizers import available, make_parameters, missing, state_bytes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--output", type=Path, default=Path("results/benchmark_memory"))
+    args = parser.parse_args()
+
+    rows: list[dict[str, Any]] = []
+    for model in args.models:
+        for dtype in args.dtypes:
+            for name, factory in available().items():
+                params = make_parameters(MODELS[model], DTYPES[dtype], "cpu", seed=0)
+                optimizer = factory(params)
+                for p in params:
+                    p.grad = p.detach().clone()
+                optimizer.step()
+                rows.append(
+                    {
+                        "model": model,
+                        "dtype": dtype,
+                        "optimizer": name,
+                        "state_bytes": state_bytes(optimizer),
+                        "num_parameters": num_parameters(MODELS[model]),
+                    }
+                )
+
+    # One line an optimizer, one column a model and dtype.
+    cases = [(model, dtype) for model in args.models for dtype in args.dtypes]
+    lines = []
+    for name in available():
+        own = {(row["model"], row["dtype"]): row for row in rows if row["optimizer"] == name}
+        shares = [own[case]["state_bytes"] / own[case]["num_parameters"] for case in cases]
+        lines.append([name, *(f"{share:.3f}" for share in shares)])
+    headers = ["optimizer", *(f"{model}, {dtype}" for model, dtype in cases)]
+    notes = [
+        "Bytes of state a parameter after one step; parameters and gradients not counted.",
+        f"Not installed: {', '.join(missing()) or 'none'}.",
+    ]
+    results = {
+        "environment": report.environment("cpu"),
+        "not_installed": missing(),
+        "rows": rows,
+    }
+    report.write(args.output, "Optimizer state", notes, report.table(headers, lines), results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""MicroAdam and its rivals, as far as they are installed here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from microadam import MicroAdam
+
+Parameters = Sequence[torch.nn.Parameter]
+Factory = Callable[[Parameters], Optimizer]
+
+BASELINE = "AdamW (fused)"
+
+
+def _from(module: str, name: str, **arguments: object) -> Factory:
+    return lambda params: getattr(importlib.import_module(module), name)(params, **arguments)
+
+
+def _galore(params: Parameters) -> Optimizer:
+    galore = importlib.import_module("galore_torch")
+    matrices = [p for p in params if p.dim() == 2]
+    others = [p for p in params if p.dim() != 2]
+    low_rank = {"params": matrices, "rank": 256, "update_proj_gap": 200, "scale": 0.25}
+    return galore.GaLoreAdamW([{"params": others}, {**low_rank, "proj_type": "std"}])
+
+
+_FACTORIES: dict[str, tuple[str, Factory]] = {  # name: (module it needs, how it is made)
+    BASELINE: ("torch", lambda params: torch.optim.AdamW(params, fused=True)),
+    "MicroAdam": ("microadam", lambda params: MicroAdam(params)),
+    "AdamW (foreach)": ("torch", lambda params: torch.optim.AdamW(params, foreach=True)),
+    "bitsandbytes AdamW8bit": ("bitsandbytes", _from("bitsandbytes.optim", "AdamW8bit")),
+    "torchao AdamW8bit": ("torchao", _from("torchao.optim", "AdamW8bit")),
+    "FlashAdamW": ("flashoptim", _from("flashoptim", "FlashAdamW")),
+    "GaLore": ("galore_torch", _galore),
+    "CAME": ("came_pytorch", _from("came_pytorch", "CAME", lr=1e-3)),
+}
+
+
+def available() -> dict[str, Factory]:
+    """The optimizers whose package is importable, the baseline first."""
+    return {
+        name: factory
+        for name, (module, factory) in _FACTORIES.items()
+        if importlib.util.find_spec(module)
+    }
+
+
+def missing() -> list[str]:
+    return [name for name in _FACTORIES if name not in available()]
+
+
+def make_parameters(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: str, seed: int
+) -> Parameters:
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    return [torch.nn.Parameter(normal(shape)) for shape in shapes]
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all state tensors, those inside tensor subclasses and other objects included."""
+    if isinstance(optimizer, MicroAdam):
+        return optimizer.state_bytes()
+    return sum(_bytes_of(value) for state in optimizer.state.values() for value in state.values())
+
+
+def _bytes_of(value: object) -> int:
+    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        return sum(_bytes_of(getattr(value, name)) for name in names)
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if hasattr(value, "__dict__"):  # GaLore's projector
+        return sum(map(_bytes_of, vars(value).values()))
+    return 0

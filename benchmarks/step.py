@@ -1,0 +1,185 @@
+"""How long an optimizer step takes, as a ratio to torch's fused AdamW on the same parameters.
+
+    python -m benchmarks.step
+
+Machines are noisy, so the two optimizers step in turn, and only quiet rounds count: those in which
+fused AdamW was within 25% of its own best tenth, and none of our threads lost its core to another
+process. (On a CPU the first is not enough: fused AdamW waits for memory, and a single core suffices
+for that.) The ratio is the median over quiet rounds; beside it stand the quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from benchmarks import report
+from benchmarks.models import MODELS, Shapes, num_parameters
+from benchmarks.optimizers import BASELINE, Factory, available, make_parameters, missing
+from microadam import BlockLayout
+
+NUM_WARM_UP = 12  # fills MicroAdam's window
+NUM_GRADIENTS = 2  # steps see them in turn
+MAX_ROUND_S = 20.0  # a slower optimizer gets fewer rounds
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def timed(function: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class Contestant:
+    """An optimizer with parameters of its own; the gradients are shared."""
+
+    def __init__(self, factory: Factory, shapes: Shapes, dtype: torch.dtype, device: str) -> None:
+        self.device = device
+        self.params = make_parameters(shapes, dtype, device, seed=0)
+        self.optimizer: Optimizer = factory(self.params)
+
+    def step(self, grads: list[torch.Tensor]) -> float:
+        for p, grad in zip(self.params, grads, strict=True):
+            p.grad = grad
+        return timed(self.optimizer.step, self.device)
+
+
+def compare(
+    baseline: Contestant, other: Contestant, grads: list[list[torch.Tensor]], num_rounds: int
+) -> dict[str, float]:
+    """Times both in turn; see the module's text."""
+    for i in range(NUM_WARM_UP):
+        baseline.step(grads[i % len(grads)])
+        last_s = other.step(grads[i % len(grads)])
+        if last_s > MAX_ROUND_S / NUM_WARM_UP and i >= 1:
+            break
+    num_rounds = max(5, min(num_rounds, int(MAX_ROUND_S / last_s)))
+    rounds, undisturbed = [], []
+    for i in range(num_rounds):
+        grad = grads[i % len(grads)]
+        num_preempted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        rounds.append((baseline.step(grad), other.step(grad)))
+        if resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw == num_preempted:
+            undisturbed.append(rounds[-1])
+    best = sorted(b for b, _ in rounds)[len(rounds) // 10]
+    quiet = [(b, o) for b, o in undisturbed or rounds if b <= 1.25 * best] or rounds
+    ratios = sorted(o / b for b, o in quiet)
+    return {
+        "ratio": statistics.median(ratios),
+        "ratio_quartile_1": ratios[len(ratios) // 4],
+        "ratio_quartile_3": ratios[(3 * len(ratios)) // 4],
+        "baseline_s": statistics.median(b for b, _ in quiet),
+        "step_s": statistics.median(o for _, o in quiet),
+        "num_undisturbed_rounds": len(undisturbed),
+        "num_quiet_rounds": len(quiet),
+        "num_rounds": len(rounds),
+    }
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second that a copy of 512 MiB reads and writes, the best of 20."""
+    source = torch.ones(1 << 27, device=device)
+    target = torch.empty_like(source)
+    best_s = min(timed(lambda: target.copy_(source), device) for _ in range(20))
+    return 2 * source.nbytes / best_s
+
+
+def bytes_moved(name: str, shapes: Shapes, dtype: torch.dtype) -> int | None:
+    """Bytes that a step must read and write at least; None where nobody has counted them."""
+    numel, size = num_parameters(shapes), dtype.itemsize
+    if name.startswith("AdamW"):
+        return numel * size * (1 + 2 * 3)  # the gradient, and parameters and two moments both ways
+    if name != "MicroAdam":
+        return None
+    total = numel * size * 3
+    for shape in shapes:
+        layout = BlockLayout(num_parameters([shape]))
+        num_entries = layout.num_blocks * layout.k
+        total += 2 * (layout.num_buckets * layout.bucket_size // 2 + 4 * layout.num_buckets)
+        total += 4 * num_entries * (layout.window_size + 1)  # read all slots, write one
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--optimizers", nargs="+", choices=available(), default=list(available()))
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, default=Path("results/benchmark_step_cpu"))
+    args = parser.parse_args()
+
+    bandwidth = copy_bandwidth(args.device)
+    rows: list[dict[str, Any]] = []
+    for model in args.models:
+        for dtype_name in args.dtypes:
+            shapes, dtype = MODELS[model], DTYPES[dtype_name]
+            grads = [
+                [p.detach() for p in make_parameters(shapes, dtype, args.device, seed=seed)]
+                for seed in range(1, 1 + NUM_GRADIENTS)
+            ]
+            baseline = Contestant(available()[BASELINE], shapes, dtype, args.device)
+            for name in args.optimizers:
+                if name == BASELINE:
+                    continue
+                other = Contestant(available()[name], shapes, dtype, args.device)
+                row: dict[str, Any] = {"model": model, "dtype": dtype_name, "optimizer": name}
+                row |= compare(baseline, other, grads, args.rounds)
+                num_bytes = bytes_moved(name, shapes, dtype)
+                if num_bytes is not None:
+                    row["bytes_moved"] = num_bytes
+                    row["share_of_copy_bandwidth"] = num_bytes / row["step_s"] / bandwidth
+                rows.append(row)
+                print(f"{model} {dtype_name} {name}: {row['ratio']:.3f}", flush=True)
+
+    headers = ["model", "dtype", "optimizer", "ratio", "quartiles", "step", "ns a parameter"]
+    headers += ["bytes a parameter", "of copy bandwidth", "quiet rounds"]
+    lines = []
+    for row in rows:
+        numel = num_parameters(MODELS[row["model"]])
+        counted = "bytes_moved" in row
+        lines.append(
+            [
+                row["model"],
+                row["dtype"],
+                row["optimizer"],
+                f"{row['ratio']:.2f}",
+                f"{row['ratio_quartile_1']:.2f} to {row['ratio_quartile_3']:.2f}",
+                f"{1e3 * row['step_s']:.1f} ms",
+                f"{1e9 * row['step_s'] / numel:.2f}",
+                f"{row['bytes_moved'] / numel:.2f}" if counted else "",
+                f"{row['share_of_copy_bandwidth']:.0%}" if counted else "",
+                f"{row['num_quiet_rounds']} of {row['num_rounds']}",
+            ]
+        )
+    notes = [
+        f"Time of a step over that of {BASELINE}, interleaved, the median of quiet rounds.",
+        f"Copy bandwidth: {bandwidth / 1e9:.1f} GB/s read and written.",
+        f"Not installed: {', '.join(missing()) or 'none'}.",
+    ]
+    results = {
+        "environment": report.environment(args.device),
+        "copy_bandwidth_bytes_per_s": bandwidth,
+        "not_installed": missing(),
+        "rows": rows,
+    }
+    report.write(args.output, "Optimizer step", notes, report.table(headers, lines), results)
+
+
+if __name__ == "__main__":
+    main()
