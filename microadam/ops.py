@@ -53,7 +53,7 @@ def why_not_native() -> str:
     reason = "it was not built"
     if NATIVE_LIBRARY.exists():
         try:
-            torch.ops.load_library(NATIVE_LIBRARY)
+            torch.ops.load_library(NATIVE_LIBRARY)  # type: ignore[no-untyped-call]
             return ""
         except OSError as error:
             reason = f"it does not load with this torch ({error})"
