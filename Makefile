@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test lint format sanitize fuzz benchmark clean
 
 help:  ## print this
-	@awk -F ':.*## *' '/^[a-z0-9-]+:.*##/ { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## *' '/^[a-z0-9-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  ARGS=...   arguments added to what demo, test runs, e.g. make test ARGS='-k layout -x'"
 	@echo "  PYTHON=... interpreter setup makes the environment with (3.10 to 3.13; default: what it finds)"
@@ -36,6 +36,18 @@ format: setup  ## rewrite the sources the way lint wants them
 	$(BIN)/ruff format .
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
 
+sanitize: setup  ## run the native core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	MICROADAM_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python -m pytest -o pythonpath="build/sanitize/lib ." tests/microadam/test_native.py $(ARGS)
+
+fuzz: setup  ## random steps, the native core against plain torch, 10 minutes
+	$(BIN)/python -m tests.microadam.fuzz_native --minutes 10
+
+benchmark: setup  ## step time and state memory of the optimizers, on an idle machine, into results/
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.memory
+
 clean:  ## remove what was built and cached; the environment and all results stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf microadam/_native.so build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find microadam experiments tests -name __pycache__ -prune -exec rm -rf {} +

@@ -96,7 +96,7 @@ fingerprint() {
     {
         pwd
         "$VENV/bin/python" --version
-        sha256sum $(find pyproject.toml setup.py csrc constraints.txt scripts/setup.sh -type f 2>/dev/null | sort)
+        sha256sum $(find pyproject.toml setup.py MANIFEST.in csrc constraints.txt scripts/setup.sh -type f 2>/dev/null | sort)
     } | sha256sum
 }
 
