@@ -149,16 +149,11 @@ def _evaluated(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _before_after(metrics: dict[str, Any], name: str) -> str:
-    is_score = "," in name
-    show = (lambda value: f"{value:.1%}") if is_score else (lambda value: f"{value:.3f}")
-    text = show(metrics[f"eval/{name}"])
-    if f"eval_before/{name}" in metrics:
-        text = f"{show(metrics[f'eval_before/{name}'])} -> {text}"
-    if is_score:
-        metric, filter_name = name.split(",")
-        stderr = metrics[f"eval/{metric}_stderr,{filter_name}"]
-        text += (
-            f" ± {stderr:.1%} ({metrics['eval/num_samples']} samples, "
-            f"{metrics['eval/num_fewshot']}-shot)"
-        )
-    return text
+    """``before -> after`` of an evaluated quantity; of a score with standard errors and counts."""
+    stages = [stage for stage in ("eval_before", "eval") if f"{stage}/{name}" in metrics]
+    if "," not in name:
+        return " -> ".join(f"{metrics[f'{stage}/{name}']:.3f}" for stage in stages)
+    stderr = name.replace(",", "_stderr,")
+    scores = [f"{metrics[f'{s}/{name}']:.1%} ± {metrics[f'{s}/{stderr}']:.1%}" for s in stages]
+    count, shots = metrics["eval/num_samples"], metrics["eval/num_fewshot"]
+    return f"{' -> '.join(scores)} ({count} samples, {shots}-shot)"
