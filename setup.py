@@ -3,6 +3,10 @@
 Without a C++ compiler, or without torch at hand, the package is installed all the same and steps in
 plain torch. ``CXX`` names the compiler; ``MICROADAM_SANITIZE=1`` builds for ``make sanitize``.
 
+Where nvcc is found (in ``CUDA_HOME``, else on the path) and torch knows CUDA, the CUDA kernels are
+built, too, for every architecture below that nvcc knows: with a GPU at hand or not, it takes half a
+minute. ``MICROADAM_CUDA_ARCHITECTURES="8.0 9.0"`` chooses others, an empty one leaves CUDA out.
+
 The library is built against torch's stable ABI. It depends on no Python version, and so the wheel
 is tagged for every one.
 """
@@ -40,6 +44,15 @@ FLAGS = (
     "-Wall",
     "-Wextra",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11
+)
+CUDA_SOURCES = ("cuda/kernel.cu", "cuda/step.cpp")
+CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0"
+CUDA_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
 )
 AVX2_FLAGS = ("-mavx2", "-mf16c", "-mbmi", "-mpopcnt")  # cpu_kernel() in step.cpp asks for the same
 SANITIZE_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
@@ -82,6 +95,52 @@ def run(command: list[str]) -> None:
         print(result.stderr, file=sys.stderr)
 
 
+def find_nvcc() -> str:
+    """nvcc, where it is and this torch can use what it makes."""
+    if os.environ.get("MICROADAM_CUDA_ARCHITECTURES") == "":
+        raise CannotBuildError("MICROADAM_CUDA_ARCHITECTURES is empty")
+    if os.environ.get("MICROADAM_SANITIZE") == "1":
+        raise CannotBuildError("MICROADAM_SANITIZE=1 is for the CPU")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        raise CannotBuildError(f"no nvcc was found {f'in {home}/bin' if home else 'on the path'}")
+    import torch
+
+    if torch.version.cuda is None:
+        raise CannotBuildError("this torch was built without CUDA")
+    return nvcc
+
+
+def cuda_architecture_flags(nvcc: str) -> list[str]:
+    """Code for every architecture that is wanted and known, and PTX of the last for later ones."""
+    wanted = os.environ.get("MICROADAM_CUDA_ARCHITECTURES", CUDA_ARCHITECTURES)
+    result = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    known = result.stdout.split()
+    names = [name.replace(".", "") for name in wanted.split()]
+    names = [name for name in names if f"compute_{name}" in known]
+    if not names:
+        raise CannotBuildError(f"{nvcc} knows none of the architectures {wanted}")
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    return [*flags, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
+
+
+def build_cuda(objects: Path, torch_flags: list[str], compiler: list[str]) -> tuple[str, list[str]]:
+    """Compiles csrc/cuda; returns nvcc, which must link, and the object files.
+
+    Raises:
+        CannotBuildError: nvcc is missing or too old, torch knows no CUDA, or a command fails.
+    """
+    nvcc = find_nvcc()
+    flags = ["-ccbin", compiler[0], *CUDA_FLAGS, *torch_flags]
+    outputs = [str(objects / f"cuda_{Path(source).stem}.o") for source in CUDA_SOURCES]
+    for source, output in zip(CUDA_SOURCES, outputs, strict=True):
+        is_kernel = source.endswith(".cu")
+        own_flags = ["--threads=0", *cuda_architecture_flags(nvcc)] if is_kernel else []
+        run([nvcc, *flags, *own_flags, "-c", str(ROOT / "csrc" / source), "-o", output])
+    return nvcc, outputs
+
+
 def build_native(objects: Path, target: Path) -> None:
     """Compiles csrc/ into the shared library ``target``.
 
@@ -92,15 +151,22 @@ def build_native(objects: Path, target: Path) -> None:
         raise CannotBuildError("it is built on Linux and macOS only")
     compiler, torch = find_compiler(), find_torch()
     sanitize = os.environ.get("MICROADAM_SANITIZE") == "1"
-    flags = [*FLAGS, *((*SANITIZE_FLAGS, SANITIZERS) if sanitize else ())]
-    flags += ["-isystem", str(torch / "include")]
-    flags += ["-isystem", str(torch / "include/torch/csrc/api/include")]
+    torch_flags = ["-isystem", str(torch / "include")]
+    torch_flags += ["-isystem", str(torch / "include/torch/csrc/api/include")]
+    objects.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nvcc = ""
+    cuda_outputs: list[str] = []
+    try:
+        nvcc, cuda_outputs = build_cuda(objects, torch_flags, compiler)
+    except CannotBuildError as error:
+        print(f"MicroAdam is built without its CUDA kernels: {error}", file=sys.stderr)
+
+    flags = [*FLAGS, *((*SANITIZE_FLAGS, SANITIZERS) if sanitize else ()), *torch_flags]
+    flags += ["-DMICROADAM_WITH_CUDA"] if cuda_outputs else []
     units = [(source, flags) for source in SOURCES]
     if IS_X86:
         units.append(("cpu/kernel_avx2.cpp", [*flags, *AVX2_FLAGS]))
-
-    objects.mkdir(parents=True, exist_ok=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
     outputs = [str(objects / f"{Path(source).stem}.o") for source, _ in units]
     with ThreadPoolExecutor() as pool:
         commands = [
@@ -108,10 +174,14 @@ def build_native(objects: Path, target: Path) -> None:
             for (source, unit_flags), output in zip(units, outputs, strict=True)
         ]
         list(pool.map(run, commands))
-    link_flags = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    link_flags += [SANITIZERS] if sanitize else []
-    run([*compiler, "-shared", *outputs, f"-L{torch / 'lib'}", "-ltorch_cpu", *link_flags,
-         "-o", str(target)])  # fmt: skip
+    libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
+    if cuda_outputs:
+        # The CUDA runtime becomes part of the library, and must not meet torch's own.
+        link = [nvcc, "-ccbin", compiler[0], "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
+    else:
+        link = [*compiler, *([SANITIZERS] if sanitize else [])]
+        link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    run([*link, "-shared", *outputs, *cuda_outputs, *libraries, "-o", str(target)])
 
 
 class BuildNative(build_ext):

@@ -48,12 +48,25 @@ def resnet_50() -> Shapes:
     return [*shapes, (1000, 2048), (1000,)]
 
 
+def llama2_7b() -> Shapes:
+    """Llama-2-7B: 291 tensors, 6.7 billion parameters."""
+    hidden, inner, vocabulary = 4096, 11_008, 32_000
+    attention: Shapes = [(hidden, hidden)] * 4
+    layer = [*attention, (inner, hidden), (inner, hidden), (hidden, inner)]
+    layer += [(hidden,), (hidden,)]
+    return [(vocabulary, hidden), *(32 * layer), (hidden,), (vocabulary, hidden)]
+
+
 MODELS: dict[str, Shapes] = {
     "one-tensor": [(4096, 4096)],
     "bert-base": bert_base(),
     "smollm2-135m": smollm2_135m(),
     "resnet-50": resnet_50(),
 }
+
+
+# For GPUs, whose steps must last well longer than a launch to be measured.
+LARGE_MODELS: dict[str, Shapes] = {"2^30": [(1 << 30,)], "llama2-7b": llama2_7b()}
 
 
 def num_parameters(shapes: Shapes) -> int:

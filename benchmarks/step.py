@@ -22,7 +22,7 @@ import torch
 from torch.optim import Optimizer
 
 from benchmarks import report
-from benchmarks.models import MODELS, Shapes, num_parameters
+from benchmarks.models import LARGE_MODELS, MODELS, Shapes, num_parameters
 from benchmarks.optimizers import BASELINE, Factory, available, make_parameters, missing
 from microadam import BlockLayout
 
@@ -116,7 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument(
+        "--models", nargs="+", choices=[*MODELS, *LARGE_MODELS], default=list(MODELS)
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--optimizers", nargs="+", choices=available(), default=list(available()))
     parser.add_argument("--rounds", type=int, default=60)
@@ -128,10 +130,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for model in args.models:
         for dtype_name in args.dtypes:
-            shapes, dtype = MODELS[model], DTYPES[dtype_name]
+            shapes, dtype = (MODELS | LARGE_MODELS)[model], DTYPES[dtype_name]
             grads = [
                 [p.detach() for p in make_parameters(shapes, dtype, args.device, seed=seed)]
-                for seed in range(1, 1 + NUM_GRADIENTS)
+                # Of a large model, a GPU has no room for two sets of gradients.
+                for seed in range(1, 1 + (1 if model == "llama2-7b" else NUM_GRADIENTS))
             ]
             baseline = Contestant(available()[BASELINE], shapes, dtype, args.device)
             for name in args.optimizers:
@@ -151,7 +154,7 @@ def main() -> None:
     headers += ["bytes a parameter", "of copy bandwidth", "quiet rounds"]
     lines = []
     for row in rows:
-        numel = num_parameters(MODELS[row["model"]])
+        numel = num_parameters((MODELS | LARGE_MODELS)[row["model"]])
         counted = "bytes_moved" in row
         lines.append(
             [

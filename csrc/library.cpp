@@ -9,7 +9,11 @@ namespace {
 
 // The name of the kernel that runs on this kind of device; empty where none was built.
 std::string native_kernel(const std::string& device_type) {
-  return device_type == "cpu" ? microadam::cpu_kernel() : "";
+  if (device_type == "cpu") return microadam::cpu_kernel();
+#if defined(MICROADAM_WITH_CUDA)
+  if (device_type == "cuda") return "CUDA";
+#endif
+  return "";
 }
 
 }  // namespace
@@ -21,3 +25,7 @@ STABLE_TORCH_LIBRARY_IMPL(microadam, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(microadam, CPU, m) { m.impl("step_", TORCH_BOX(&microadam::step_cpu)); }
+
+#if defined(MICROADAM_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(microadam, CUDA, m) { m.impl("step_", TORCH_BOX(&microadam::step_cuda)); }
+#endif

@@ -29,6 +29,13 @@ _MAX_ELEMENTS_AT_ONCE = {"cpu": 1 << 18}
 _MAX_ELEMENTS_AT_ONCE_ELSEWHERE = 1 << 26
 
 
+def quantization_unit(minimum: Tensor, maximum: Tensor) -> Tensor:
+    """The distance of two codes, float32 in the shape of the arguments."""
+    # A tensor: divided by a number, torch on a GPU multiplies by the rounded reciprocal instead.
+    num_levels = torch.full((), float(NUM_LEVELS), device=minimum.device)
+    return (maximum.float() - minimum.float()) / num_levels
+
+
 def dequantize(codes: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
     """``Q^-1`` of the error feedback: float32 ``(num_buckets, Q)``.
 
@@ -37,7 +44,7 @@ def dequantize(codes: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
         minimum, maximum: bfloat16 ``(num_buckets,)``.
     """
     low = minimum.float().unsqueeze(1)
-    unit = (maximum.float().unsqueeze(1) - low) / NUM_LEVELS
+    unit = quantization_unit(minimum, maximum).unsqueeze(1)
     return torch.cat((codes & 15, codes >> 4), dim=1).float() * unit + low
 
 
@@ -51,7 +58,7 @@ def quantize(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     minimum, maximum = (t.bfloat16() for t in residual.aminmax(dim=1))
     low = minimum.float().unsqueeze(1)
-    unit = (maximum.float().unsqueeze(1) - low) / NUM_LEVELS
+    unit = quantization_unit(minimum, maximum).unsqueeze(1)
     level = ((residual - low) / unit + 0.5).floor().clamp(0, NUM_LEVELS)
     codes = torch.where(unit == 0, 0.0, level).to(torch.uint8)
     first_half, second_half = codes.chunk(2, dim=1)

@@ -56,12 +56,17 @@ class Run:
     params: list[Tensor]
     states: list[dict[str, Tensor]] = field(default_factory=list)
     thresholds: list[Tensor] = field(default_factory=list)
-    num_skipped_blocks: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    num_skipped_blocks: Tensor | None = None
 
     def __post_init__(self) -> None:
         layouts = [self.hyper.layout(p.numel()) for p in self.params]
-        self.states = self.states or [layout.new_state(torch.device("cpu")) for layout in layouts]
-        self.thresholds = self.thresholds or [torch.zeros(x.num_blocks) for x in layouts]
+        device = self.params[0].device
+        self.states = self.states or [layout.new_state(device) for layout in layouts]
+        self.thresholds = self.thresholds or [
+            torch.zeros(layout.num_blocks, device=device) for layout in layouts
+        ]
+        if self.num_skipped_blocks is None:
+            self.num_skipped_blocks = torch.zeros((), dtype=torch.int64, device=device)
 
     def clone(self) -> Run:
         return Run(
@@ -70,6 +75,15 @@ class Run:
             [{name: value.clone() for name, value in state.items()} for state in self.states],
             [t.clone() for t in self.thresholds],
             self.num_skipped_blocks.clone(),
+        )
+
+    def to(self, device: str) -> Run:
+        return Run(
+            self.hyper,
+            [p.to(device) for p in self.params],
+            [{name: value.to(device) for name, value in state.items()} for state in self.states],
+            [t.to(device) for t in self.thresholds],
+            self.num_skipped_blocks.to(device),
         )
 
     def tensors(self, grads: list[Tensor]) -> list[list[Tensor]]:

@@ -1,0 +1,61 @@
+// What one launch of the CUDA step is told, and the launch itself. Free of torch, so that nvcc
+// compiles nothing but the kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../parameter.h"
+
+namespace microadam::cuda {
+
+constexpr int kNumPowers = 32;
+constexpr int kNumAges = 32;
+
+// beta1 or beta2. Powers come from the host: a device takes long to compute them in double.
+struct Beta {
+  double complement;          // 1 - beta
+  double powers[kNumPowers];  // beta^(2^i); their products give the power of any step
+  float ages[kNumAges];       // beta^age, for slots of age 0, 1, ...
+};
+
+// A scalar on the device, float32 or float64.
+struct DeviceScalar {
+  const void* value;  // null: there is none
+  bool is_double;
+};
+
+struct Settings {
+  Beta beta1;
+  Beta beta2;
+  double lr;  // where lr_tensor is null
+  double weight_decay;
+  DeviceScalar lr_tensor;
+  DeviceScalar grad_scale;
+  DeviceScalar found_inf;
+  unsigned long long* num_skipped_blocks;
+  uint64_t seed;
+  float eps;
+  Dtype param_dtype;
+  Dtype grad_dtype;
+  int block_size;
+  int bucket_size;
+  int window_size;
+  bool stochastic_rounding;
+};
+
+// The table of parameters travels as an argument of the kernel, so that a step needs neither memory
+// nor a copy and can be captured in a graph. Arguments may take 4 KB: many parameters take several
+// launches.
+constexpr int kMaxParameters = 32;
+
+struct Launch {
+  Settings settings;
+  Parameter parameters[kMaxParameters];
+  int num_parameters;
+};
+static_assert(sizeof(Launch) <= 4096, "kernel arguments may take 4 KB");
+
+// Steps the parameters of `launch`, which have `num_blocks` top-k blocks in all.
+cudaError_t step(const Launch& launch, int num_blocks, cudaStream_t stream);
+
+}  // namespace microadam::cuda

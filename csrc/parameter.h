@@ -1,0 +1,30 @@
+// One parameter and its state as the kernels see them: plain pointers, no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "algorithm.h"
+
+namespace microadam {
+
+enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+// Shapes as in microadam/layout.py.
+struct Parameter {
+  int64_t numel;
+  void* values;
+  const void* grad;
+  int64_t* step;
+  int16_t* window_indices;
+  BFloat16* window_values;
+  uint8_t* error;
+  BFloat16* error_min;
+  BFloat16* error_max;
+  float* thresholds;    // a guess a block at the magnitude of its k-th largest accumulator
+  int32_t k;            // entries a window slot has room for: those of the longest block
+  int32_t last_k;       // entries that the last block uses
+  uint32_t ordinal;     // position in the optimizer
+  int32_t first_block;  // among the blocks of all parameters that are stepped together
+};
+
+}  // namespace microadam

@@ -1,0 +1,236 @@
+"""The CUDA step, all of its source, compiled for the CPU and run there (see tests/cuda_emulation).
+
+The kernel was written where no GPU was at hand: here its arithmetic, its selection, its barriers
+and the tables it is launched with are compared with plain torch. test_gpu.py does so on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from microadam import reference
+from tests.microadam.agreement import Hyperparameters, Run, step_and_compare
+from tests.microadam.helpers import DTYPES
+from tests.microadam.test_native import KINDS, draw
+
+ROOT = Path(__file__).parents[2]
+EMULATION = ROOT / "tests/cuda_emulation"
+SOURCES = (
+    ROOT / "csrc/cuda/kernel.cu",
+    ROOT / "csrc/cuda/step.cpp",
+    EMULATION / "library.cpp",
+)
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The operator ``microadam_emulation::step_``, with the schema of ``microadam::step_``."""
+    folder = tmp_path_factory.mktemp("cuda_emulation")
+    torch_folder = Path(torch.__file__).parent
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off"]
+    command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{EMULATION}"]
+    command += ["-isystem", f"{torch_folder}/include"]
+    command += ["-isystem", f"{torch_folder}/include/torch/csrc/api/include"]
+    command += ["-include", f"{EMULATION}/device.h"]
+    objects = [str(folder / f"{source.stem}.o") for source in SOURCES]
+    library = str(folder / "emulation.so")
+    for source, target in zip(SOURCES, objects, strict=True):
+        compile_one = [*command, "-x", "c++", "-c", str(source), "-o", target]
+        subprocess.run(compile_one, check=True, text=True)
+    link = ["g++", "-shared", *objects, f"-L{torch_folder}/lib", "-ltorch_cpu", "-o", library]
+    subprocess.run(link, check=True, text=True)
+
+    schema = str(torch.ops.microadam.step_.default._schema).removeprefix("microadam::")
+    definition = torch.library.Library("microadam_emulation", "DEF")
+    definition.define(schema)
+    torch.ops.load_library(library)
+    yield torch.ops.microadam_emulation.step_
+    del definition
+
+
+@pytest.fixture
+def emulated(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ops.step_` runs the emulated kernel."""
+    monkeypatch.setattr(torch.ops.microadam, "step_", emulation)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+# Around the ends of buckets, words and blocks; the sizes of one row are stepped in one call.
+SIZES = [
+    [1, 2, 63, 64, 65, 0, 31, 32, 33],
+    [4095, 4096, 4097],
+    [8192, 0, 5, 4096 + 64],
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", ["1", "2"])  # of the threads: results must not depend on it
+def test_sizes(
+    sizes: list[int],
+    dtype: torch.dtype,
+    order: str,
+    emulated: None,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("EMULATION_SEED", order)
+    run = Run(Hyperparameters(window_size=3), [draw(n, dtype, generator) for n in sizes])
+    for _ in range(5):  # the window is filled, and its first slots are written over
+        step_and_compare(run, [draw(n, dtype, generator) for n in sizes])
+    assert run.num_skipped_blocks == 0
+
+
+# What makes gradients hard, by name: see KINDS in test_native.py.
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_hard_gradients(kind: str, emulated: None, generator: torch.Generator) -> None:
+    sizes = [4096 + 300, 4096, 64]
+    run = Run(Hyperparameters(), [draw(n, torch.float32, generator) for n in sizes])
+    for step in range(4):  # an ordinary step first and last: the state must not be spoiled
+        numbers = [draw(n, torch.float32, generator) for n in sizes]
+        step_and_compare(run, [KINDS[kind](g) if 0 < step < 3 else g for g in numbers])
+
+
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        Hyperparameters(weight_decay=0.1, lr=0.1),
+        Hyperparameters(stochastic_rounding=True, lr=0.1, seed=2**64 - 1),
+        Hyperparameters(stochastic_rounding=True, weight_decay=0.1, lr=0.1),
+        Hyperparameters(beta1=0.0, beta2=0.0),
+        Hyperparameters(density=0.07, window_size=12),  # more entries than have room when staged
+        Hyperparameters(density=1.0, window_size=2),
+        Hyperparameters(
+            density=0.001, window_size=40, beta2=0.99
+        ),  # ages beyond the table of powers
+        Hyperparameters(block_size=8192 + 128, bucket_size=128),
+        Hyperparameters(block_size=120, bucket_size=6),
+        Hyperparameters(block_size=2, bucket_size=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hyperparameters(
+    hyper: Hyperparameters, dtype: torch.dtype, emulated: None, generator: torch.Generator
+) -> None:
+    sizes = [4096, 4096 + 1000, 70] if hyper.block_size > 2 else [70, 1]
+    run = Run(hyper, [draw(n, dtype, generator) for n in sizes])
+    num_steps = 45 if hyper.window_size == 40 else 4
+    for _ in range(num_steps):
+        step_and_compare(run, [draw(n, dtype, generator) for n in sizes])
+
+
+def test_largest_block(emulated: None, generator: torch.Generator) -> None:
+    """The bitmaps and the sums of their scan are full, and all magnitudes are equal."""
+    run = Run(Hyperparameters(block_size=32768, density=0.5), [torch.ones(32768)])
+    step_and_compare(run, [torch.ones(32768)])
+    step_and_compare(run, [draw(32768, torch.float32, generator)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+def test_gradients_of_another_dtype(
+    dtype: torch.dtype, grad_dtype: torch.dtype, emulated: None, generator: torch.Generator
+) -> None:
+    run = Run(Hyperparameters(), [draw(4096 + 70, dtype, generator)])
+    step_and_compare(run, [draw(4096 + 70, grad_dtype, generator)])
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, 1e-30, 2.0, 1e38, math.inf, math.nan])
+def test_thresholds_change_no_result(
+    threshold: float, emulated: None, generator: torch.Generator
+) -> None:
+    run = Run(Hyperparameters(), [draw(5000, torch.float32, generator)])
+    for _ in range(2):
+        run.thresholds[0].fill_(threshold)
+        step_and_compare(run, [draw(5000, torch.float32, generator)])
+
+
+def test_threshold_finds_the_largest_at_once(emulated: None, generator: torch.Generator) -> None:
+    run = Run(Hyperparameters(), [draw(8 * 4096, torch.bfloat16, generator)])
+    for _ in range(8):
+        guesses = run.thresholds[0].clone()
+        step_and_compare(run, [draw(8 * 4096, torch.bfloat16, generator)])
+    taken = run.states[0]["window_values"][:, 7].float().abs().amin(dim=1)
+    assert (taken >= guesses * (1 - 2.0**-8)).all()
+    assert (taken <= 1.5 * guesses).all()
+
+
+def test_more_parameters_than_a_launch_takes(emulated: None, generator: torch.Generator) -> None:
+    """32 parameters fit in a kernel's arguments; the 33rd begins another launch."""
+    sizes = [1 + 37 * i % 200 for i in range(70)]
+    run = Run(Hyperparameters(window_size=2), [draw(n, torch.float32, generator) for n in sizes])
+    for _ in range(2):
+        step_and_compare(run, [draw(n, torch.float32, generator) for n in sizes])
+    assert all(state["step"] == 2 for state in run.states)
+
+
+def test_misaligned_views(emulated: None, generator: torch.Generator) -> None:
+    """The loads of 16 bytes must not be tried there: a GPU would fail."""
+    storage = draw(4096 + 3, torch.bfloat16, generator)
+    run = Run(Hyperparameters(), [storage[3:]])
+    step_and_compare(run, [draw(4096 + 1, torch.bfloat16, generator)[1:]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scalars_on_the_device(
+    dtype: torch.dtype, emulation: Any, generator: torch.Generator
+) -> None:
+    sizes = [4096, 100]
+    hyper = Hyperparameters(weight_decay=0.01)
+    ours = Run(hyper, [draw(n, torch.float32, generator) for n in sizes])
+    theirs = ours.clone()
+    grads = [1000 * draw(n, torch.float32, generator) for n in sizes]
+    scalars = hyper.scalars(2) | {"lr": 0.0}
+    optional = [torch.tensor(x, dtype=dtype) for x in (0.03, 777.0, 0.0)]
+    reference.step_(*theirs.tensors(grads), theirs.num_skipped_blocks, *optional, **scalars)
+    emulation(
+        *ours.tensors(grads), ours.thresholds, ours.num_skipped_blocks, *optional, *scalars.values()
+    )
+    for p, expected in zip(ours.params, theirs.params, strict=True):
+        torch.testing.assert_close(p, expected, rtol=2.0**-22, atol=0)
+    assert torch.equal(ours.states[0]["error"], theirs.states[0]["error"])
+
+
+def test_found_inf_changes_nothing(emulation: Any, generator: torch.Generator) -> None:
+    run = Run(Hyperparameters(), [draw(5000, torch.float32, generator)])
+    before = run.clone()
+    grads = [draw(5000, torch.float32, generator)]
+    optional = (None, None, torch.tensor(1.0))
+    emulation(
+        *run.tensors(grads),
+        run.thresholds,
+        run.num_skipped_blocks,
+        *optional,
+        *run.hyper.scalars(1).values(),
+    )
+    assert torch.equal(run.params[0], before.params[0])
+    for name, value in before.states[0].items():
+        assert torch.equal(run.states[0][name], value)
+
+
+@pytest.mark.parametrize("name", ["window_indices", "error", "error_max", "step"])
+def test_nothing_is_changed_where_an_argument_is_wrong(
+    name: str, emulated: None, generator: torch.Generator
+) -> None:
+    run = Run(Hyperparameters(), [draw(500, torch.float32, generator) for _ in range(2)])
+    run.states[1][name] = run.states[1][name].float()
+    before = run.clone()
+    with pytest.raises(RuntimeError, match="must be a contiguous tensor"):
+        run.step([draw(500, torch.float32, generator) for _ in range(2)])
+    assert torch.equal(run.params[0], before.params[0])
+    assert run.states[0]["step"] == 0
