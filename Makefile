@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format sanitize fuzz benchmark clean
+.PHONY: help setup demo test lint format sanitize sanitize-gpu fuzz benchmark clean
 
 help:  ## print this
-	@awk -F ':.*## *' '/^[a-z0-9-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## *' '/^[a-z0-9-]+:.*##/ { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  ARGS=...   arguments added to what demo, test runs, e.g. make test ARGS='-k layout -x'"
 	@echo "  PYTHON=... interpreter setup makes the environment with (3.10 to 3.13; default: what it finds)"
@@ -40,6 +40,11 @@ sanitize: setup  ## run the native core's tests under AddressSanitizer and Undef
 	MICROADAM_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python -m pytest -o pythonpath="build/sanitize/lib ." tests/microadam/test_native.py $(ARGS)
+
+sanitize-gpu: setup  ## run the GPU tests under compute-sanitizer
+	for tool in memcheck racecheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(BIN)/python -m pytest -m gpu tests/microadam/test_gpu.py -k 'agree or hard' || exit 1; done
 
 fuzz: setup  ## random steps, the native core against plain torch, 10 minutes
 	$(BIN)/python -m tests.microadam.fuzz_native --minutes 10

@@ -3,9 +3,9 @@
 Without a C++ compiler, or without torch at hand, the package is installed all the same and steps in
 plain torch. ``CXX`` names the compiler; ``MICROADAM_SANITIZE=1`` builds for ``make sanitize``.
 
-Where nvcc is found (in ``CUDA_HOME``, else on the path) and torch knows CUDA, the CUDA kernels are
-built, too, for every architecture below that nvcc knows: with a GPU at hand or not, it takes half a
-minute. ``MICROADAM_CUDA_ARCHITECTURES="8.0 9.0"`` chooses others, an empty one leaves CUDA out.
+``MICROADAM_CUDA_ARCHITECTURES="8.0 9.0"`` builds the CUDA kernels, too, with the nvcc in ``CUDA_HOME``
+or on the path; ``all`` means every architecture below. They are not built unasked for as long as no
+GPU has run their tests (scripts/gpu_check.sh): until then plain torch steps on a GPU.
 
 The library is built against torch's stable ABI. It depends on no Python version, and so the wheel
 is tagged for every one.
@@ -90,15 +90,16 @@ def run(command: list[str]) -> None:
     except OSError as error:
         raise CannotBuildError(f"{command[0]} cannot be run: {error}") from error
     if result.returncode:
-        raise CannotBuildError(f"{shlex.join(command)} failed:\n{result.stderr.strip()}")
+        first_lines = "\n".join(result.stderr.splitlines()[:10])
+        raise CannotBuildError(f"{shlex.join(command)} failed:\n{first_lines}")
     if result.stderr:
         print(result.stderr, file=sys.stderr)
 
 
 def find_nvcc() -> str:
     """nvcc, where it is and this torch can use what it makes."""
-    if os.environ.get("MICROADAM_CUDA_ARCHITECTURES") == "":
-        raise CannotBuildError("MICROADAM_CUDA_ARCHITECTURES is empty")
+    if not os.environ.get("MICROADAM_CUDA_ARCHITECTURES"):
+        raise CannotBuildError("MICROADAM_CUDA_ARCHITECTURES does not ask for them")
     if os.environ.get("MICROADAM_SANITIZE") == "1":
         raise CannotBuildError("MICROADAM_SANITIZE=1 is for the CPU")
     home = os.environ.get("CUDA_HOME")
@@ -114,7 +115,8 @@ def find_nvcc() -> str:
 
 def cuda_architecture_flags(nvcc: str) -> list[str]:
     """Code for every architecture that is wanted and known, and PTX of the last for later ones."""
-    wanted = os.environ.get("MICROADAM_CUDA_ARCHITECTURES", CUDA_ARCHITECTURES)
+    wanted = os.environ["MICROADAM_CUDA_ARCHITECTURES"]
+    wanted = CUDA_ARCHITECTURES if wanted == "all" else wanted
     result = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
     known = result.stdout.split()
     names = [name.replace(".", "") for name in wanted.split()]

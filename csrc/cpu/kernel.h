@@ -88,7 +88,7 @@ struct Block {
 
 inline size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-inline Block block_of(const Settings& s, const Parameter& p, int64_t index) {
+inline Block block_of(const Settings& s, const Stepped& p, int64_t index) {
   const bool is_last = index == p.num_blocks - 1;
   const int64_t element = index * s.block_size;
   const int64_t bucket = element / s.bucket_size;
@@ -97,8 +97,8 @@ inline Block block_of(const Settings& s, const Parameter& p, int64_t index) {
       is_last ? static_cast<int>(p.numel - element) : s.block_size,
       is_last ? p.last_k : p.k,
       p.k,
-      static_cast<int>(std::min<int64_t>(p.step, s.window_size)),
-      static_cast<int>((p.step - 1) % s.window_size),
+      static_cast<int>(std::min<int64_t>(p.step_number, s.window_size)),
+      static_cast<int>((p.step_number - 1) % s.window_size),
       element,
       static_cast<char*>(p.values) + element * size_of(s.param_dtype),
       static_cast<const char*>(p.grad) + element * size_of(s.grad_dtype),
@@ -485,7 +485,7 @@ void apply_updates(const Settings& s, const Block& block, const RoundingKey& key
 
 // Returns whether the block was stepped: not if its accumulator holds a NaN or an infinity.
 template <class Param, class Grad>
-bool step_block(const Settings& s, const Parameter& p, const Block& block, const Block& next,
+bool step_block(const Settings& s, const Stepped& p, const Block& block, const Block& next,
                 Scratch& scratch) {
   Prefetcher<Param, Grad> prefetcher(next);
   accumulate<Grad>(s, block, scratch, prefetcher);
@@ -509,10 +509,10 @@ bool step_block(const Settings& s, const Parameter& p, const Block& block, const
 }
 
 template <class Param, class Grad>
-int64_t step_blocks(const Settings& s, const std::vector<Parameter>& parameters, int64_t begin,
+int64_t step_blocks(const Settings& s, const std::vector<Stepped>& parameters, int64_t begin,
                     int64_t end) {
   int max_k = 0;
-  for (const Parameter& p : parameters) max_k = std::max(max_k, p.k);
+  for (const Stepped& p : parameters) max_k = std::max(max_k, p.k);
   Scratch scratch(s, max_k);
 
   size_t i = 0;
@@ -520,7 +520,7 @@ int64_t step_blocks(const Settings& s, const std::vector<Parameter>& parameters,
   int64_t num_skipped = 0;
   Block block = block_of(s, parameters[i], begin - parameters[i].first_block);
   for (int64_t b = begin; b < end; ++b) {
-    const Parameter& p = parameters[i];
+    const Stepped& p = parameters[i];
     Block next = block;
     if (b + 1 < end) {
       while (parameters[i].first_block + parameters[i].num_blocks <= b + 1) ++i;
@@ -533,7 +533,7 @@ int64_t step_blocks(const Settings& s, const std::vector<Parameter>& parameters,
 }
 
 template <class Param>
-int64_t step_blocks(const Settings& s, const std::vector<Parameter>& parameters, int64_t begin,
+int64_t step_blocks(const Settings& s, const std::vector<Stepped>& parameters, int64_t begin,
                     int64_t end) {
   switch (s.grad_dtype) {
     case Dtype::kBFloat16:
@@ -545,8 +545,8 @@ int64_t step_blocks(const Settings& s, const std::vector<Parameter>& parameters,
   }
 }
 
-inline int64_t step_blocks(const Settings& s, const std::vector<Parameter>& parameters,
-                           int64_t begin, int64_t end) {
+inline int64_t step_blocks(const Settings& s, const std::vector<Stepped>& parameters, int64_t begin,
+                           int64_t end) {
   switch (s.param_dtype) {
     case Dtype::kBFloat16:
       return step_blocks<BFloat16>(s, parameters, begin, end);

@@ -3,7 +3,7 @@
 
 namespace microadam::cpu {
 
-int64_t step_blocks_avx2(const Settings& s, const std::vector<Parameter>& parameters, int64_t begin,
+int64_t step_blocks_avx2(const Settings& s, const std::vector<Stepped>& parameters, int64_t begin,
                          int64_t end) {
   return step_blocks(s, parameters, begin, end);
 }

@@ -4,11 +4,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "../algorithm.h"
+#include "../parameter.h"
 
 namespace microadam::cpu {
-
-enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
 // The same for every parameter of the call.
 struct Settings {
@@ -24,35 +22,22 @@ struct Settings {
   bool stochastic_rounding;
 };
 
-// One parameter and its state; shapes as in microadam/layout.py.
-struct Parameter {
-  int64_t numel;
+// One parameter with what this step makes of it.
+struct Stepped : Parameter {
+  explicit Stepped(const Parameter& parameter) : Parameter(parameter) {}
   int64_t num_blocks;
-  int64_t first_block;  // among the blocks of all parameters of the call
-  int k;                // entries a window slot has room for: those of the longest block
-  int last_k;           // entries that the last block uses
-  int64_t step;         // this one included
-
-  void* values;
-  const void* grad;
-  int16_t* window_indices;
-  BFloat16* window_values;
-  uint8_t* error;
-  BFloat16* error_min;
-  BFloat16* error_max;
-  float* thresholds;  // a guess a block at the magnitude of its k-th largest accumulator
-
+  int64_t step_number;  // this one included
   UpdateFactors factors;
   RoundingKey rounding;
 };
 
 // Steps the blocks [begin, end) of all parameters; returns how many were skipped because they
 // held a NaN or an infinity.
-using StepBlocks = int64_t (*)(const Settings&, const std::vector<Parameter>&, int64_t begin,
+using StepBlocks = int64_t (*)(const Settings&, const std::vector<Stepped>&, int64_t begin,
                                int64_t end);
 
-int64_t step_blocks_generic(const Settings&, const std::vector<Parameter>&, int64_t, int64_t);
-int64_t step_blocks_avx2(const Settings&, const std::vector<Parameter>&, int64_t, int64_t);
+int64_t step_blocks_generic(const Settings&, const std::vector<Stepped>&, int64_t, int64_t);
+int64_t step_blocks_avx2(const Settings&, const std::vector<Stepped>&, int64_t, int64_t);
 
 // The k-th largest of `count` magnitudes, which are reordered so that the k largest come first.
 float kth_largest(float* magnitudes, int count, int k);
