@@ -3,9 +3,9 @@
 Without a C++ compiler, or without torch at hand, the package is installed all the same and steps in
 plain torch. ``CXX`` names the compiler; ``MICROADAM_SANITIZE=1`` builds for ``make sanitize``.
 
-``MICROADAM_CUDA_ARCHITECTURES="8.0 9.0"`` builds the CUDA kernels, too, with the nvcc in ``CUDA_HOME``
-or on the path; ``all`` means every architecture below. They are not built unasked for as long as no
-GPU has run their tests (scripts/gpu_check.sh): until then plain torch steps on a GPU.
+``MICROADAM_CUDA_ARCHITECTURES="8.0 9.0"`` builds the CUDA kernels, too, with the nvcc in
+``CUDA_HOME`` or on the path; ``all`` means every architecture below. They are not built unasked for
+as long as no GPU has run their tests (scripts/gpu_check.sh): until then plain torch steps on a GPU.
 
 The library is built against torch's stable ABI. It depends on no Python version, and so the wheel
 is tagged for every one.
