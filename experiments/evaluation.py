@@ -68,7 +68,12 @@ def run_harness(
     num_wanted = min(config.limit or num_rows, num_rows)
     if num_samples != num_wanted:
         raise RuntimeError(f"the harness evaluated {num_samples} examples instead of {num_wanted}")
-    metrics = {key: float(value) for key, value in results["results"][name].items() if "," in key}
+    # The standard error of a single sample is "N/A": it is left out.
+    metrics = {
+        key: float(value)
+        for key, value in results["results"][name].items()
+        if "," in key and value != "N/A"
+    }
     return {
         **metrics,
         "num_samples": num_samples,

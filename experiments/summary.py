@@ -153,7 +153,12 @@ def _before_after(metrics: dict[str, Any], name: str) -> str:
     stages = [stage for stage in ("eval_before", "eval") if f"{stage}/{name}" in metrics]
     if "," not in name:
         return " -> ".join(f"{metrics[f'{stage}/{name}']:.3f}" for stage in stages)
-    stderr = name.replace(",", "_stderr,")
-    scores = [f"{metrics[f'{s}/{name}']:.1%} ± {metrics[f'{s}/{stderr}']:.1%}" for s in stages]
     count, shots = metrics["eval/num_samples"], metrics["eval/num_fewshot"]
-    return f"{' -> '.join(scores)} ({count} samples, {shots}-shot)"
+    scores = " -> ".join(_score(metrics, stage, name) for stage in stages)
+    return f"{scores} ({count} samples, {shots}-shot)"
+
+
+def _score(metrics: dict[str, Any], stage: str, name: str) -> str:
+    score = f"{metrics[f'{stage}/{name}']:.1%}"
+    stderr = metrics.get(f"{stage}/{name.replace(',', '_stderr,')}")  # one sample has none
+    return score if stderr is None else f"{score} ± {stderr:.1%}"

@@ -255,6 +255,18 @@ def test_the_saved_model_is_the_trained_one(composed: Compose) -> None:
     assert not list(RunFolder(config).checkpoints.glob("*.pt"))
 
 
+def test_a_single_evaluated_sample_has_no_standard_error(
+    composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The harness calls it "N/A", which no run survived."""
+    config = composed(*SHORT, "training.max_steps=1", "evaluation.limit=1")
+    execute(config)
+    _, metrics = _outcome(config)
+    assert "eval/exact_match,strict-match" in metrics
+    assert not any("stderr" in name for name in metrics)
+    assert "0.0% -> 0.0% (1 samples" in capsys.readouterr().out
+
+
 def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         checkpoints.save(tmp_path, step, {"step": step})
