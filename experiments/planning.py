@@ -15,8 +15,6 @@ from experiments.config import RunConfig
 from experiments.data import text
 from experiments.hardware import resolve_precision
 
-_GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Plan:

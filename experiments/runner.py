@@ -31,10 +31,9 @@ def execute(config: RunConfig) -> None:
         return
     run = RunFolder(config)
     with run.locked():
+        if config.force and run.path.exists():
+            print(f"force=true: what was there is kept as {run.set_aside()}")
         record = run.finished_record()
-        if record is not None and config.force:
-            print(f"force=true: the finished run is kept as {run.set_aside()}")
-            record = None
         if record is None:
             record = _run(config, run)
         else:
@@ -53,6 +52,7 @@ def _run(config: RunConfig, run: RunFolder) -> dict[str, Any]:
     print(summary.of_start(config, task, machine, run.path, checkpoint))
 
     run.start(config)
+    run.rewind_metrics(0 if checkpoint is None else checkpoint["step"])
     mirror = Mirror(config.logger, run, config)
     try:
         before = _evaluation_before(config, task, run, mirror)

@@ -113,7 +113,6 @@ def train(
         optimizer.load_state_dict(checkpoint["optimizer"])
         schedule.load_state_dict(checkpoint["schedule"])
         _set_rng_state(checkpoint["rng"], hardware)
-    run.rewind_metrics(first_step)
 
     task.model.train()
     bar = tqdm(

@@ -39,7 +39,4 @@ using StepBlocks = int64_t (*)(const Settings&, const std::vector<Stepped>&, int
 int64_t step_blocks_generic(const Settings&, const std::vector<Stepped>&, int64_t, int64_t);
 int64_t step_blocks_avx2(const Settings&, const std::vector<Stepped>&, int64_t, int64_t);
 
-// The k-th largest of `count` magnitudes, which are reordered so that the k largest come first.
-float kth_largest(float* magnitudes, int count, int k);
-
 }  // namespace microadam::cpu
