@@ -130,14 +130,15 @@ class Prefetcher {
         grad_(static_cast<const Grad*>(next.grad)) {}
 
   void advance() {
-    __builtin_prefetch(grad_, 0, 2);
-    __builtin_prefetch(values_, 0, 2);
-    grad_ += 16, values_ += 16;
+    __builtin_prefetch(grad_ + offset_, 0, 2);
+    __builtin_prefetch(values_ + offset_, 0, 2);
+    offset_ += 16;
   }
 
  private:
   const Param* values_;
   const Grad* grad_;
+  int64_t offset_ = 0;
 };
 
 }  // namespace

@@ -27,7 +27,7 @@ bool step_block(const Settings& s, const Stepped& p, const Block& block, const B
     selected_values[i] = round_to<BFloat16>(value);
     value = 0.0f;
   }
-  quantize_residual(s, block, scratch.accumulator, prefetcher);
+  quantize_residual(s, block, scratch, prefetcher);
   prefetch_state(s, next);
   sum_window(block, scratch, prefetcher);
   if (s.stochastic_rounding && sizeof(Param) == 2) {

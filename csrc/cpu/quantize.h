@@ -55,10 +55,10 @@ inline __m256i encode_32(const float* residual, __m256 low, __m256 inverse) {
                              _mm256_packus_epi32(level(16), level(24)));
 }
 
-// Quantizes eight buckets of 64.
-template <class Prefetcher>
-void quantize_eight_buckets(const float* residual, float kept_share, BFloat16* minimum,
-                            BFloat16* maximum, uint8_t* codes, Prefetcher& prefetcher) {
+// The range of eight buckets of 64: stored as the next error feedback's, and as what encodes this
+// one.
+inline void find_eight_ranges(const float* residual, float kept_share, BFloat16* minimum,
+                              BFloat16* maximum, float* lows, float* inverses) {
   const auto min = [](__m256 a, __m256 b) { return _mm256_min_ps(a, b); };
   const auto max = [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); };
   __m256 lowest[8], highest[8];
@@ -81,37 +81,42 @@ void quantize_eight_buckets(const float* residual, float kept_share, BFloat16* m
   store_kept(maximum, high);
   const __m256 unit = _mm256_div_ps(_mm256_sub_ps(high, low), _mm256_set1_ps(kNumLevels));
   const __m256 is_used = _mm256_cmp_ps(unit, _mm256_set1_ps(kMinUnit), _CMP_GE_OQ);
-  alignas(32) float lows[8], inverses[8];
   _mm256_store_ps(lows, low);
   _mm256_store_ps(inverses, _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(1.0f), unit), is_used));
+}
 
-  constexpr int kHalf = kVectorBucket / 2;
+inline void encode_bucket(const float* residual, float low, float inverse, uint8_t* codes) {
+  const __m256 lows = _mm256_set1_ps(low), inverses = _mm256_set1_ps(inverse);
   const __m256i last = _mm256_set1_epi8(15);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  for (int b = 0; b < 8; ++b) {
-    const __m256 bucket_low = _mm256_set1_ps(lows[b]), inverse = _mm256_set1_ps(inverses[b]);
-    const float* bucket = residual + b * kVectorBucket;
-    const __m256i first = _mm256_min_epu8(encode_32(bucket, bucket_low, inverse), last);
-    const __m256i second = _mm256_min_epu8(encode_32(bucket + kHalf, bucket_low, inverse), last);
-    const __m256i pairs = _mm256_or_si256(first, _mm256_slli_epi16(second, 4));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + b * kHalf),
-                        _mm256_permutevar8x32_epi32(pairs, order));
-    prefetcher.advance();
-  }
+  const __m256i first = _mm256_min_epu8(encode_32(residual, lows, inverses), last);
+  const __m256i second =
+      _mm256_min_epu8(encode_32(residual + kVectorBucket / 2, lows, inverses), last);
+  const __m256i pairs = _mm256_or_si256(first, _mm256_slli_epi16(second, 4));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_permutevar8x32_epi32(pairs, order));
 }
 #endif
 
 template <class Prefetcher>
-void quantize_residual(const Settings& s, const Block& block, const float* residual,
+void quantize_residual(const Settings& s, const Block& block, Scratch& scratch,
                        Prefetcher& prefetcher) {
+  const float* residual = scratch.accumulator;
   const int size = s.bucket_size, half = size / 2;
   const int num_buckets = (block.length + size - 1) / size;
   int b = 0;
 #if defined(__AVX2__)
   if (size == kVectorBucket) {
-    for (; (b + 8) * size <= block.length; b += 8) {
-      quantize_eight_buckets(residual + b * size, s.kept_share, block.error_min + b,
-                             block.error_max + b, block.error + b * half, prefetcher);
+    // All ranges first: the divisions of a few buckets would be waited for.
+    const int num_whole = block.length / size / 8 * 8;
+    for (; b < num_whole; b += 8) {
+      find_eight_ranges(residual + b * size, s.kept_share, block.error_min + b, block.error_max + b,
+                        scratch.bucket_min + b, scratch.bucket_unit + b);
+      prefetcher.advance();
+    }
+    for (b = 0; b < num_whole; ++b) {
+      encode_bucket(residual + b * size, scratch.bucket_min[b], scratch.bucket_unit[b],
+                    block.error + b * half);
+      prefetcher.advance();
     }
   }
 #endif

@@ -20,9 +20,18 @@ inline __m256 to_floats(__m128i bits, BFloat16) {
 
 inline __m256 to_floats(__m128i bits, Float16) { return _mm256_cvtph_ps(bits); }
 
-template <class T>
-__m256 load(const T* p) {
-  return to_floats(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
+inline __m256 load(const Float16* p) {
+  return to_floats(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), Float16{});
+}
+
+// One shuffle instead of a conversion and a shift.
+inline __m256 load(const BFloat16* p) {
+  const __m256i twice =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i order =
+      _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                       -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, order));
 }
 
 // As round_to<BFloat16>, but for NaN: the bits of the nearest bfloat16, and zeros below them.

@@ -81,66 +81,76 @@ inline __m256 take_eight_updates(Moments* moments, const int16_t* indices, const
 }
 #endif
 
-// Takes the moments of up to eight entries at a time, and calls function(indices, updates, count)
-// with what they subtract from their coordinates. Leaves the moments 0: where a coordinate occurs
-// again, its update is 0.
-template <class Prefetcher, class Function>
+// Takes the window's moments and makes of them what is subtracted from every entry's coordinate.
+// Leaves the moments 0: where a coordinate occurs again, its update is 0.
+template <class Prefetcher>
 void take_updates(const Block& block, const UpdateFactors& factors, Moments* moments,
-                  Prefetcher& prefetcher, Function function) {
-  alignas(32) float updates[8];
+                  float* updates, Prefetcher& prefetcher) {
+  const int16_t* indices = block.window_indices;
   for_entries(block, [&](int begin, int end) {
-    const int16_t* indices = block.window_indices;
     int e = begin;
 #if defined(__AVX2__)
     for (; e + 8 <= end; e += 8) {
-      _mm256_store_ps(updates, take_eight_updates(moments, indices + e, factors));
-      function(indices + e, updates, 8);
+      _mm256_storeu_ps(updates + e, take_eight_updates(moments, indices + e, factors));
       prefetcher.advance();
     }
 #endif
     for (; e < end; e += 8) {
+      float first[8], second[8];
       const int count = std::min(8, end - e);
-      float first[8] = {}, second[8] = {};
       for (int i = 0; i < count; ++i) {
         Moments& taken = moments[indices[e + i]];
         first[i] = taken[0], second[i] = taken[1];
         taken = Moments{};
       }
-      for (int i = 0; i < 8; ++i) updates[i] = parameter_update(first[i], second[i], factors);
-      function(indices + e, updates, count);
+      for (int i = 0; i < count; ++i) {
+        updates[e + i] = parameter_update(first[i], second[i], factors);
+      }
       prefetcher.advance();
     }
   });
 }
 
-// values[indices] -= updates for `count` of them, at most eight.
-template <class Param, class Round>
-void subtract(Param* values, const int16_t* indices, const float* updates, int count, Round round) {
-  if constexpr (sizeof(Param) == 4) {
-    for (int i = 0; i < count; ++i) values[indices[i]] -= updates[i];
-  } else {
-    Param rounded[8];
-    for (int i = 0; i < count; ++i) {
-      rounded[i] = round(to_float(values[indices[i]]) - updates[i], indices[i]);
-    }
-    // Backwards, because an index may repeat, and only the first has the update.
-    for (int i = count - 1; i >= 0; --i) values[indices[i]] = rounded[i];
-  }
+#if defined(__AVX2__)
+// The 16-bit values at eight indices.
+template <class Param>
+__m128i load_eight(const Param* values, const int16_t* indices) {
+  const auto bits = [&](int i) { return static_cast<int16_t>(values[indices[i]].bits); };
+  return _mm_setr_epi16(bits(0), bits(1), bits(2), bits(3), bits(4), bits(5), bits(6), bits(7));
 }
 
-#if defined(__AVX2__)
+// Stores them, the first one last. Each comes straight out of the vector: stored as a whole first,
+// its parts would take long to load again.
 template <class Param>
-void subtract_eight(Param* values, const int16_t* indices, const float* updates) {
-  const auto bits = [&](int i) { return static_cast<int16_t>(values[indices[i]].bits); };
-  const __m128i old_bits =
-      _mm_setr_epi16(bits(0), bits(1), bits(2), bits(3), bits(4), bits(5), bits(6), bits(7));
-  alignas(16) Param rounded[8];
-  _mm_store_si128(
-      reinterpret_cast<__m128i*>(rounded),
-      round_to_bits(_mm256_sub_ps(to_floats(old_bits, Param{}), load(updates)), Param{}));
-  for (int i = 7; i >= 0; --i) values[indices[i]] = rounded[i];
+void store_eight(__m128i bits, Param* values, const int16_t* indices) {
+  values[indices[7]].bits = _mm_extract_epi16(bits, 7);
+  values[indices[6]].bits = _mm_extract_epi16(bits, 6);
+  values[indices[5]].bits = _mm_extract_epi16(bits, 5);
+  values[indices[4]].bits = _mm_extract_epi16(bits, 4);
+  values[indices[3]].bits = _mm_extract_epi16(bits, 3);
+  values[indices[2]].bits = _mm_extract_epi16(bits, 2);
+  values[indices[1]].bits = _mm_extract_epi16(bits, 1);
+  values[indices[0]].bits = _mm_extract_epi16(bits, 0);
 }
 #endif
+
+// values[indices] -= updates for eight of them. An index may repeat, and only its first entry has
+// an update: that one is stored last.
+template <class Param>
+void subtract_eight(Param* values, const int16_t* indices, const float* updates) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(Param) == 2) {
+    const __m256 old_values = to_floats(load_eight(values, indices), Param{});
+    const __m256 new_values = _mm256_sub_ps(old_values, load(updates));
+    return store_eight(round_to_bits(new_values, Param{}), values, indices);
+  }
+#endif
+  Param results[8];
+  for (int i = 0; i < 8; ++i) {
+    results[i] = round_to<Param>(to_float(values[indices[i]]) - updates[i]);
+  }
+  for (int i = 7; i >= 0; --i) values[indices[i]] = results[i];
+}
 
 // `rate` times the error feedback, which is that of the next step by now.
 inline void scale_feedback(const Settings& s, const Block& block, float rate, float* scaled) {
@@ -167,16 +177,20 @@ void update_values(const Settings& s, const Stepped& p, const Block& block, Scra
     const uint32_t bits = random_bits(p.rounding, block.first_element + index);
     return round_stochastically<Param>(value, bits);
   };
+  const int16_t* indices = block.window_indices;
+  float* updates = scratch.terms;
+  take_updates(block, p.factors, scratch.moments, updates, prefetcher);
   if (s.decay == 1.0f && s.feedback_rate == 0.0f) {
-    take_updates(block, p.factors, scratch.moments, prefetcher,
-                 [&](const int16_t* indices, const float* updates, int count) {
-#if defined(__AVX2__)
-                   if constexpr (sizeof(Param) == 2 && !kStochastic) {
-                     if (count == 8) return subtract_eight(values, indices, updates);
-                   }
-#endif
-                   subtract(values, indices, updates, count, round);
-                 });
+    for_entries(block, [&](int begin, int end) {
+      int e = begin;
+      if constexpr (!kStochastic) {
+        for (; e + 8 <= end; e += 8) subtract_eight(values, indices + e, updates + e);
+      }
+      for (; e < end; ++e) {
+        const int i = indices[e];
+        values[i] = round(to_float(values[i]) - updates[e], i);
+      }
+    });
     return;
   }
   // Every element changes, and is rounded once.
@@ -186,10 +200,9 @@ void update_values(const Settings& s, const Stepped& p, const Block& block, Scra
   } else {
     std::fill_n(changes, block.length, 0.0f);
   }
-  take_updates(block, p.factors, scratch.moments, prefetcher,
-               [&](const int16_t* indices, const float* updates, int count) {
-                 for (int i = 0; i < count; ++i) changes[indices[i]] += updates[i];
-               });
+  for_entries(block, [&](int begin, int end) {
+    for (int e = begin; e < end; ++e) changes[indices[e]] += updates[e];
+  });
   for (int i = 0; i < block.length; ++i) {
     values[i] = round(to_float(values[i]) * s.decay - changes[i], i);
   }
