@@ -110,8 +110,9 @@ def local(t: Tensor) -> Tensor:
 
 def layout_of(numel: int, group: Mapping[str, Any]) -> BlockLayout:
     """How ``numel`` elements fall into blocks with the hyperparameters of a parameter group."""
-    names = ("window_size", "density", "bucket_size", "block_size")
-    return BlockLayout.of(numel, *(group[name] for name in names))
+    return BlockLayout.of(
+        numel, group["window_size"], group["density"], group["bucket_size"], group["block_size"]
+    )
 
 
 def by_shard(saved: Mapping[str, Any], param_shape: tuple[int, ...]) -> dict[Shard, Any]:

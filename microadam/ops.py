@@ -115,6 +115,9 @@ def step_(
         return
     if grads[0].dtype not in DTYPES:
         grads = [grad.float() for grad in grads]
+    if not torch.compiler.is_compiling():
+        # That a backward pass which has saved a parameter complains, as after any change in place.
+        torch.autograd.graph.increment_version(params)
     torch.ops.microadam.step_(
         params,
         grads,
@@ -144,7 +147,6 @@ def step_(
     )
 
 
-@torch.library.custom_op("microadam::step_", mutates_args=_MUTATED)
 def _plain_torch_step(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -234,7 +236,6 @@ def _plain_torch_step(
     )
 
 
-@_plain_torch_step.register_fake
 def _check_arguments(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -302,10 +303,10 @@ def _check_arguments(
         # int(): a graph is traced for parameters of fixed sizes.
         window_size = int(window_indices[i].shape[1])
         layout = BlockLayout.of(int(numel), window_size, density, bucket_size, block_size)
-        _require(f"params[{i}]", param, (numel,), DTYPES, device)
-        _require(f"params[{i}]", param, (numel,), (params[0].dtype,), device)
-        _require(f"grads[{i}]", grads[i], (numel,), DTYPES, device)
-        _require(f"grads[{i}]", grads[i], (numel,), (grads[0].dtype,), device)
+        _require(f"params[{i}]", param, param.shape, DTYPES, device)
+        _require(f"params[{i}]", param, param.shape, (params[0].dtype,), device)
+        _require(f"grads[{i}]", grads[i], param.shape, DTYPES, device)
+        _require(f"grads[{i}]", grads[i], param.shape, (grads[0].dtype,), device)
         for name, (shape, dtype) in layout.state_spec.items():
             _require(f"{name}[{i}]", lists[name][i], shape, (dtype,), device)  # type: ignore[arg-type]
         _require(f"thresholds[{i}]", thresholds[i], (layout.num_blocks,), (torch.float32,), device)
@@ -329,3 +330,14 @@ def _require(
             f"{tensor.stride()} on {tensor.device}: it must be contiguous, "
             f"{' or '.join(map(str, dtypes))}, of shape {shape or '()'} and on {device}"
         )
+
+
+# Not as a torch.library.custom_op, which counts a version of every state tensor, one by one in
+# Python: that took longer than the step of a small parameter.
+torch.library.define(
+    "microadam::step_",
+    torch.library.infer_schema(_plain_torch_step, mutates_args=_MUTATED),
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl("microadam::step_", "CompositeExplicitAutograd", _plain_torch_step)
+torch.library.register_fake("microadam::step_", _check_arguments)

@@ -94,15 +94,14 @@ class MicroAdam(Optimizer):
             "seed": seed,
         }
         self._num_skipped_blocks: dict[torch.device, Tensor] = {}
-        # A cache of the native kernels, not saved: see ops.step_.
-        self._thresholds: dict[Tensor, Tensor] = {}
+        self._caches: dict[Tensor, _Cache] = {}  # not saved
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # load_state_dict comes here too, and then they are there.
         self.__dict__.setdefault("_num_skipped_blocks", {})
-        self.__dict__.setdefault("_thresholds", {})
+        self.__dict__.setdefault("_caches", {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, checked as in the constructor."""
@@ -162,7 +161,12 @@ class MicroAdam(Optimizer):
 
     def _item_of(self, p: Tensor, grad: Tensor, group: dict[str, Any], ordinal: int) -> _Item:
         _check_gradient(grad, ordinal)
-        return _Item(ordinal, p, grad, self._state_of(p, group))
+        layout = _layout_of(p, group)
+        state: dict[str, Tensor] = self.state[p]
+        cache = self._caches.get(p)
+        if not state or cache is None or cache.layout is not layout or cache.device != p.device:
+            cache = self._prepare(p, layout, state)
+        return _Item(ordinal, p, grad, state, cache.thresholds)
 
     def _step_batch(self, group: dict[str, Any], batch: list[_Item]) -> None:
         device = batch[0].param.device
@@ -179,7 +183,7 @@ class MicroAdam(Optimizer):
             [item.state["error"] for item in batch],
             [item.state["error_min"] for item in batch],
             [item.state["error_max"] for item in batch],
-            [self._thresholds_of(item) for item in batch],
+            [item.thresholds for item in batch],
             self._skipped_blocks_on(device),
             lr.to(device) if isinstance(lr, Tensor) else None,
             None if grad_scale is None else grad_scale.to(device),
@@ -210,9 +214,8 @@ class MicroAdam(Optimizer):
             for item in batch
         ]
 
-    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[p]
-        layout = _layout_of(p, group)
+    def _prepare(self, p: Tensor, layout: BlockLayout, state: dict[str, Tensor]) -> _Cache:
+        """Creates the state that is not there, or checks that it fits; once a layout."""
         if not state:
             state.update(layout.new_state(p.device))
         for name, (shape, _) in layout.state_spec.items():
@@ -223,15 +226,9 @@ class MicroAdam(Optimizer):
                     f"and bucket_size ask for {shape}: they cannot change once a parameter has "
                     "taken a step; create a new optimizer"
                 )
-        return state
-
-    def _thresholds_of(self, item: _Item) -> Tensor:
-        thresholds = self._thresholds.get(item.param)
-        num_blocks = item.state["window_indices"].shape[0]
-        if thresholds is None or thresholds.device != item.param.device:
-            thresholds = torch.zeros(num_blocks, device=item.param.device)
-            self._thresholds[item.param] = thresholds
-        return thresholds
+        thresholds = torch.zeros(layout.num_blocks, device=p.device)
+        self._caches[p] = _Cache(layout, p.device, thresholds)
+        return self._caches[p]
 
     def _skipped_blocks_on(self, device: torch.device) -> Tensor:
         if device not in self._num_skipped_blocks:
@@ -248,7 +245,7 @@ class MicroAdam(Optimizer):
     def state_bytes(self) -> int:
         """Bytes that the state tensors take on their devices."""
         tensors = [value for state in self.state.values() for value in state.values()]
-        tensors += self._thresholds.values()
+        tensors += [cache.thresholds for cache in self._caches.values()]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def state_dict(self) -> dict[str, Any]:
@@ -334,6 +331,14 @@ class MicroAdam(Optimizer):
         return new_state
 
 
+class _Cache(NamedTuple):
+    """What a parameter needs beside its state, and can make again."""
+
+    layout: BlockLayout  # that its state is known to fit
+    device: torch.device
+    thresholds: Tensor  # of the native kernels: see ops.step_
+
+
 class _Item(NamedTuple):
     """A parameter that takes part in a step."""
 
@@ -341,28 +346,32 @@ class _Item(NamedTuple):
     param: Tensor
     grad: Tensor
     state: dict[str, Tensor]
+    thresholds: Tensor
 
 
 class _StorageOrder:
-    """A parameter's elements as a 1-D contiguous tensor in the order they lie in memory.
+    """A parameter as a contiguous tensor whose elements are in the order they lie in memory.
 
-    Of a sharded parameter, those of this process's shard. A dense tensor of any memory format is
-    viewed; only one with gaps is copied, and then `write_back` puts the result where it belongs.
+    Of a sharded parameter, this process's shard. A dense tensor of any memory format is viewed;
+    only one with gaps is copied, and then `write_back` puts the result where it belongs.
     """
 
     def __init__(self, p: Tensor) -> None:
-        p = distributed.local(p.detach())
-        self._dims = sorted(range(p.dim()), key=p.stride, reverse=True)
-        self._param = p.permute(self._dims)
-        self.values = self.arrange(p)
+        self._param = distributed.local(p)
+        self._dims: list[int] | None = None  # of a contiguous parameter, as nearly all are
+        if not self._param.is_contiguous():
+            self._dims = sorted(range(p.dim()), key=self._param.stride, reverse=True)
+            self._param = self._param.permute(self._dims)
+        self.values = self._param.contiguous()
 
     def arrange(self, t: Tensor) -> Tensor:
-        """The elements of a tensor of the parameter's shape in that order; a view if possible."""
-        return distributed.local(t.detach()).permute(self._dims).contiguous().view(-1)
+        """A tensor of the parameter's shape in that order; a view if possible."""
+        t = distributed.local(t)
+        return (t if self._dims is None else t.permute(self._dims)).contiguous()
 
     def write_back(self) -> None:
         if not self._param.is_contiguous():
-            self._param.copy_(self.values.view(self._param.shape))
+            self._param.copy_(self.values)
 
 
 def _layout_of(p: Tensor, group: dict[str, Any]) -> BlockLayout:

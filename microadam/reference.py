@@ -297,8 +297,7 @@ def step_(
     """One MicroAdam step of many parameters, in place.
 
     Args:
-        params: 1-D contiguous views of the parameters in storage order; float32, bfloat16 or
-            float16. Written.
+        params: contiguous, of any shape; float32, bfloat16 or float16. Written.
         grads: the gradients in the same order and shapes; any floating dtype. Only read.
         steps: int64 scalars, the steps taken before this one. Incremented.
         window_indices, window_values, error, error_min, error_max: the state, shaped as
@@ -321,8 +320,8 @@ def step_(
             param.numel(), window_indices[i].shape[1], density, bucket_size, block_size
         )
         _step_param(
-            param,
-            grads[i],
+            param.view(-1),
+            grads[i].view(-1),
             int(steps[i]),
             window_indices[i],
             window_values[i],

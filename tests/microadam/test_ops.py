@@ -111,7 +111,7 @@ def damage_state(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Run
         (damage_state("step", Tensor.float), r"step\[1\]"),
         (lambda run: run.params.__setitem__(1, run.params[1].double()), r"params\[1\]"),
         (lambda run: run.params.__setitem__(1, run.params[1].half()), r"params\[1\]"),
-        (lambda run: run.params.__setitem__(1, run.params[1].view(30, -1)), r"params\[1\]"),
+        (lambda run: run.params.__setitem__(1, run.params[1][:200]), r"window_indices\[1\]"),
         (lambda run: run.thresholds.pop(), "thresholds has 1 entries for 2 parameters"),
         (lambda run: setattr(run, "num_skipped_blocks", torch.zeros(1)), "num_skipped_blocks"),
     ],
