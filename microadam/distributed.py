@@ -53,7 +53,7 @@ class Shard:
 
     @classmethod
     def named(cls, name: str, param_shape: tuple[int, ...]) -> Shard:
-        """The shard that `name` names.
+        """The shard that ``name`` names.
 
         Raises:
             ValueError: the name is none, or of a shard of a parameter of another shape.
@@ -74,10 +74,12 @@ class Shard:
 
     @property
     def name(self) -> str:
+        """Its bounds in each dimension, such as ``[0:128, 0:64]``."""
         return "[" + ", ".join(f"{first}:{end}" for first, end in self.bounds) + "]"
 
     @property
     def numel(self) -> int:
+        """Elements, 0 where the shard is empty."""
         return math.prod(end - first for first, end in self.bounds)
 
     @property
@@ -131,7 +133,8 @@ def assemble(saved: dict[Shard, State], shard: Shard, group: Mapping[str, Any]) 
 
     Args:
         saved: shards that may hold more than is needed; the state of each fits its
-            `BlockLayout`. That of ``shard`` itself, where it is there, is returned as it is.
+            `microadam.BlockLayout`. That of ``shard`` itself, where it is there, is returned as it
+            is.
         group: the parameter group that the state was saved with.
 
     Raises:

@@ -58,7 +58,7 @@ def enable_gradient_release(
 
     Example:
         >>> optimizer = MicroAdam(model.parameters(), lr=1e-4)
-        >>> enable_gradient_release(model, optimizer)
+        >>> handle = enable_gradient_release(model, optimizer)
         >>> for x, y in batches:
         ...     loss_fn(model(x), y).backward()
         ...     optimizer.step()

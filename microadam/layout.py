@@ -31,7 +31,7 @@ class BlockLayout:
     The elements, in the parameter's own storage order, form consecutive *blocks* of
     ``block_size``; Top-K works inside a block. Each block is made of *buckets* of ``bucket_size``
     that share one quantization range. The last block and the last bucket may be shorter.
-    (Paper, section 3: "Efficient Implementation".)
+    (Paper, section 3: "Efficient Implementation".) `microadam.MicroAdam` explains the arguments.
     """
 
     numel: int
@@ -54,15 +54,17 @@ class BlockLayout:
 
     @cached_property
     def num_blocks(self) -> int:
+        """Blocks, a shorter last one included."""
         return -(-self.numel // self.block_size)
 
     @cached_property
     def num_buckets(self) -> int:
+        """Buckets, a shorter last one included."""
         return -(-self.numel // self.bucket_size)
 
     @cached_property
     def k(self) -> int:
-        """Width of a window slot: the elements kept in the parameter's longest block."""
+        """Elements kept in the parameter's longest block, the width of a window slot."""
         return self.k_of(min(self.numel, self.block_size))
 
     @cached_property

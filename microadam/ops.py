@@ -105,7 +105,8 @@ def step_(
         thresholds: float32 ``(num_blocks,)`` for each parameter, 0 at first; written. A cache in
             which a native kernel keeps where to look for the largest accumulators of a block. It
             changes no result.
-        others: as `reference.step_` says. All parameters share device and dtype, all gradients too.
+        others: as `microadam.reference.step_` says. All parameters share device and dtype, all
+            gradients too.
 
     Raises:
         RuntimeError: ``MICROADAM_BACKEND=native``, and there is no native kernel for the device.

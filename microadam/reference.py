@@ -301,9 +301,9 @@ def step_(
         grads: the gradients in the same order and shapes; any floating dtype. Only read.
         steps: int64 scalars, the steps taken before this one. Incremented.
         window_indices, window_values, error, error_min, error_max: the state, shaped as
-            `BlockLayout.state_spec` says. Written.
+            `microadam.BlockLayout.state_spec` says. Written.
         num_skipped_blocks: int64 scalar; grows by the blocks left as they were because their
-            accumulator held a NaN, an Inf or a magnitude of `MAX_MAGNITUDE` or more.
+            accumulator held a NaN, an Inf or a magnitude of ``MAX_MAGNITUDE`` or more.
         lr_tensor: scalar learning rate; replaces ``lr`` where given.
         grad_scale: scalar that the gradients were multiplied by (``GradScaler``); None for 1.
         found_inf: scalar; where it is not 0 nothing at all is changed.
