@@ -2,7 +2,8 @@
 
     python -m scripts.memory_plan
 
-Reads configs/table/memory.yaml, writes results/memory_plan.json. Takes about a minute.
+Reads configs/table/memory.yaml; writes results/memory_plan.json, which is for one card, and the
+table of docs/scale.md, which is for several. Takes about two minutes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -23,6 +25,11 @@ from experiments.errors import ExperimentError
 from run import compose
 
 ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = (
+    "<!-- written by make memory-table -->",
+    "<!-- end -->",
+)  # of the table in docs/scale.md
+UNPLANNED_GIB = 1.0  # what a GPU's driver and the allocator's fragmentation take, roughly
 
 
 def _with_state_of(config: RunConfig, plan: planning.Plan) -> planning.Plan:
@@ -32,17 +39,22 @@ def _with_state_of(config: RunConfig, plan: planning.Plan) -> planning.Plan:
     return dataclasses.replace(plan, state_bytes=config.optimizer.state_bytes(model))
 
 
-def main() -> None:
-    table = yaml.safe_load((ROOT / "configs/table/memory.yaml").read_text(encoding="utf-8"))
-    common = ("scale=paper", f"hardware={table['hardware']}")
+def rows_of(table: dict[str, Any], card: str) -> list[dict[str, Any]]:
+    """A plan for each model with each optimizer on ``card``, with what it was made from."""
     rows = []
-    for model, of_model in tqdm(table["models"].items(), desc="plan", unit="model"):
-        plan = None
+    for model, of_model in tqdm(table["models"].items(), desc=card, unit="model"):
+        plans: dict[bool, planning.Plan] = {}
         for optimizer, of_optimizer in table["optimizers"].items():
-            overrides = (*common, *of_model, *of_optimizer)
+            overrides = ["scale=paper", f"hardware={card}", *of_model, *of_optimizer]
+            if of_optimizer[0] != "optimizer=microadam":
+                overrides += table["cards"][card]
             config = compose(*overrides)
-            # The optimizer changes its state alone.
-            plan = planning.make(config) if plan is None else _with_state_of(config, plan)
+            # The optimizer changes its state alone, unless gradients are released.
+            is_released = config.training.gradient_release
+            if is_released in plans:
+                plan = _with_state_of(config, plans[is_released])
+            else:
+                plan = plans[is_released] = planning.make(config)
             rows.append(
                 {
                     "model": model,
@@ -56,8 +68,40 @@ def main() -> None:
                     },
                 }
             )
-    text = json.dumps({"title": table["title"], "rows": rows}, indent=1) + "\n"
+    return rows
+
+
+def scale_table(table: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Planned peaks in Markdown, a line for each model and card; bold where they fit.
+
+    Args:
+        rows: what `rows_of` returned, by card.
+    """
+    head = ["model", "card", *table["optimizers"]]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for model in table["models"]:
+        for of_card in rows.values():
+            of_model = [row for row in of_card if row["model"] == model]
+            card_gib = of_model[0]["config"]["hardware"]["memory_gib"]
+            peaks_gib = [row["peak_bytes"] / 2**30 for row in of_model]
+            cells = [
+                f"**{peak:.1f}**" if peak + UNPLANNED_GIB <= card_gib else f"{peak:.1f}"
+                for peak in peaks_gib
+            ]
+            lines.append([model, f"{card_gib:g}", *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main() -> None:
+    table = yaml.safe_load((ROOT / "configs/table/memory.yaml").read_text(encoding="utf-8"))
+    rows = {card: rows_of(table, card) for card in table["cards"]}
+    text = json.dumps({"title": table["title"], "rows": rows[table["hardware"]]}, indent=1) + "\n"
     write_text(ROOT / "results/memory_plan.json", text)
+
+    page = ROOT / "docs/scale.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    write_text(page, f"{before}{BEGIN}\n\n{scale_table(table, rows)}\n{END}{after}")
 
 
 if __name__ == "__main__":
