@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table1 table2 table3 table4 memory-table figures report screenshot test lint format sanitize sanitize-gpu fuzz soak benchmark studies clean
+.PHONY: help setup demo table1 table2 table3 table4 memory-table figures report docs screenshot test lint format sanitize sanitize-gpu fuzz soak benchmark studies clean
 
 help:  ## print this
 	@awk -F ':.*## *' '/^[a-z0-9-]+:.*##/ { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ figures: setup  ## all figures of what is in results/, into results/figures
 
 report: setup  ## figures and one page with everything: results/index.html
 	$(BIN)/python -m experiments.report
+
+docs: setup  ## the documentation as a site, build/docs/index.html; a dead link or reference fails
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
 
 screenshot: report  ## the page as a picture, for the README (needs chromium)
 	scripts/screenshot.sh

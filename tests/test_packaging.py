@@ -152,7 +152,8 @@ def installed_requirements(roots: list[str]) -> set[str]:
 def test_everything_that_setup_installs_is_pinned() -> None:
     """Packages that others bring included: an unpinned one changes under a user's feet."""
     extras = PYPROJECT["project"]["optional-dependencies"]
-    roots = PYPROJECT["project"]["dependencies"] + extras["experiments"] + extras["dev"]
+    roots = PYPROJECT["project"]["dependencies"]
+    roots = roots + extras["experiments"] + extras["dev"] + extras["docs"]
     assert installed_requirements(roots) - pins().keys() == set()
 
 
