@@ -12,27 +12,28 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from microadam import reference
 from microadam.layout import MAX_BLOCK_SIZE, BlockLayout
+from microadam.reference import StepArguments
 
 BACKEND_VARIABLE = "MICROADAM_BACKEND"
 NATIVE_LIBRARY = Path(__file__).with_name("_native.so")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MUTATED = (
-    "params",
-    "steps",
-    "window_indices",
-    "window_values",
-    "error",
-    "error_min",
-    "error_max",
-    "thresholds",
-    "num_skipped_blocks",
+
+# The fields of reference.StepArguments; letters and ! mark what is written.
+_SCHEMA = (
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] steps, Tensor(c!)[] window_indices, "
+    "Tensor(d!)[] window_values, Tensor(e!)[] error, Tensor(f!)[] error_min, "
+    "Tensor(g!)[] error_max, Tensor(h!)[] thresholds, Tensor(i!) num_skipped_blocks, "
+    "Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf, float lr, float beta1, "
+    "float beta2, float eps, float weight_decay, float alpha, float density, int block_size, "
+    "int bucket_size, bool stochastic_rounding, int seed, int[] ordinals) -> ()"
 )
 
 
@@ -71,249 +72,97 @@ def native_kernel(device_type: str) -> str:
     return "" if why_not_native() else torch.ops.microadam.native_kernel(device_type)
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    window_indices: Sequence[Tensor],
-    window_values: Sequence[Tensor],
-    error: Sequence[Tensor],
-    error_min: Sequence[Tensor],
-    error_max: Sequence[Tensor],
-    thresholds: Sequence[Tensor],
-    num_skipped_blocks: Tensor,
-    lr_tensor: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    alpha: float,
-    density: float,
-    block_size: int,
-    bucket_size: int,
-    stochastic_rounding: bool,
-    seed: int,
-    ordinals: Sequence[int],
-) -> None:
+def step_(args: StepArguments) -> None:
     """One MicroAdam step of many parameters, in place, by the fastest code there is for them.
 
     Args:
-        thresholds: float32 ``(num_blocks,)`` for each parameter, 0 at first; written. A cache in
-            which a native kernel keeps where to look for the largest accumulators of a block. It
-            changes no result.
-        others: as `microadam.reference.step_` says. All parameters share device and dtype, all
-            gradients too.
+        args: all parameters share device and dtype, all gradients too.
 
     Raises:
         RuntimeError: ``MICROADAM_BACKEND=native``, and there is no native kernel for the device.
         ValueError: ``MICROADAM_BACKEND`` is neither ``torch`` nor ``native``.
     """
-    if not params:
+    if not args.params:
         return
-    if grads[0].dtype not in DTYPES:
-        grads = [grad.float() for grad in grads]
+    if args.grads[0].dtype not in DTYPES:
+        args = args._replace(grads=[grad.float() for grad in args.grads])
+    if args.seed >= 2**63:
+        args = args._replace(seed=args.seed - 2**64)  # the same bits as a signed integer
     if not torch.compiler.is_compiling():
         # That a backward pass which has saved a parameter complains, as after any change in place.
-        torch.autograd.graph.increment_version(params)
-    torch.ops.microadam.step_(
-        params,
-        grads,
-        steps,
-        window_indices,
-        window_values,
-        error,
-        error_min,
-        error_max,
-        thresholds,
-        num_skipped_blocks,
-        lr_tensor,
-        grad_scale,
-        found_inf,
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        alpha,
-        density,
-        block_size,
-        bucket_size,
-        stochastic_rounding,
-        seed if seed < 2**63 else seed - 2**64,  # the same bits as a signed integer
-        ordinals,
-    )
+        torch.autograd.graph.increment_version(args.params)
+    torch.ops.microadam.step_(*args)
 
 
-def _plain_torch_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    window_indices: Sequence[Tensor],
-    window_values: Sequence[Tensor],
-    error: Sequence[Tensor],
-    error_min: Sequence[Tensor],
-    error_max: Sequence[Tensor],
-    thresholds: Sequence[Tensor],
-    num_skipped_blocks: Tensor,
-    lr_tensor: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    alpha: float,
-    density: float,
-    block_size: int,
-    bucket_size: int,
-    stochastic_rounding: bool,
-    seed: int,
-    ordinals: Sequence[int],
-) -> None:
+def _plain_torch_step(*values: Any) -> None:
     # The dispatcher comes here as long as it knows no native kernel for the device.
-    device_type = num_skipped_blocks.device.type
-    if native_kernel(device_type):  # it does now: the line above has loaded the library
-        torch.ops.microadam.step_(
-            params,
-            grads,
-            steps,
-            window_indices,
-            window_values,
-            error,
-            error_min,
-            error_max,
-            thresholds,
-            num_skipped_blocks,
-            lr_tensor,
-            grad_scale,
-            found_inf,
-            lr,
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-            alpha,
-            density,
-            block_size,
-            bucket_size,
-            stochastic_rounding,
-            seed,
-            ordinals,
-        )
+    args = StepArguments(*values)
+    device_type = args.num_skipped_blocks.device.type
+    if native_kernel(device_type):  # it does now: this line has loaded the library
+        torch.ops.microadam.step_(*args)
         return
     if os.environ.get(BACKEND_VARIABLE) == "native":
         reason = why_not_native() or f"it has no kernel for {device_type}"
         raise RuntimeError(f"{BACKEND_VARIABLE}=native, but the native library is unfit: {reason}")
-    reference.step_(
-        params,
-        grads,
-        steps,
-        window_indices,
-        window_values,
-        error,
-        error_min,
-        error_max,
-        num_skipped_blocks,
-        lr_tensor,
-        grad_scale,
-        found_inf,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        alpha=alpha,
-        density=density,
-        block_size=block_size,
-        bucket_size=bucket_size,
-        stochastic_rounding=stochastic_rounding,
-        seed=seed,
-        ordinals=ordinals,
-    )
+    reference.step_(args)
 
 
-def _check_arguments(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    window_indices: Sequence[Tensor],
-    window_values: Sequence[Tensor],
-    error: Sequence[Tensor],
-    error_min: Sequence[Tensor],
-    error_max: Sequence[Tensor],
-    thresholds: Sequence[Tensor],
-    num_skipped_blocks: Tensor,
-    lr_tensor: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    alpha: float,
-    density: float,
-    block_size: int,
-    bucket_size: int,
-    stochastic_rounding: bool,
-    seed: int,
-    ordinals: Sequence[int],
-) -> None:
+def _check_arguments(*values: Any) -> None:
     """Every check of the operator; torch runs it where it traces a graph."""
-    if bucket_size < 2 or bucket_size % 2:
-        raise ValueError(f"bucket_size={bucket_size}: must be an even integer of 2 or more")
-    if not 0 < block_size <= MAX_BLOCK_SIZE or block_size % bucket_size:
+    args = StepArguments(*values)
+    if args.bucket_size < 2 or args.bucket_size % 2:
+        raise ValueError(f"bucket_size={args.bucket_size}: must be an even integer of 2 or more")
+    if not 0 < args.block_size <= MAX_BLOCK_SIZE or args.block_size % args.bucket_size:
         raise ValueError(
-            f"block_size={block_size}: must be a multiple of bucket_size={bucket_size} and at most "
-            f"{MAX_BLOCK_SIZE}"
+            f"block_size={args.block_size}: must be a multiple of bucket_size={args.bucket_size} "
+            f"and at most {MAX_BLOCK_SIZE}"
         )
-    if not 0 < density <= 1:
-        raise ValueError(f"density={density}: must be greater than 0 and at most 1")
-    if not 0 <= alpha < 1:
-        raise ValueError(f"alpha={alpha}: must be at least 0 and less than 1")
-    scalars = {"lr_tensor": lr_tensor, "grad_scale": grad_scale, "found_inf": found_inf}
-    for name, scalar in scalars.items():
+    if not 0 < args.density <= 1:
+        raise ValueError(f"density={args.density}: must be greater than 0 and at most 1")
+    if not 0 <= args.alpha < 1:
+        raise ValueError(f"alpha={args.alpha}: must be at least 0 and less than 1")
+    device = args.num_skipped_blocks.device
+    _require("num_skipped_blocks", args.num_skipped_blocks, (), (torch.int64,), device)
+    for name in ("lr_tensor", "grad_scale", "found_inf"):
+        scalar = getattr(args, name)
         if scalar is not None:
-            _require(name, scalar, None, (torch.float32, torch.float64), num_skipped_blocks.device)
-    lists = {
-        "grads": grads,
-        "step": steps,
-        "window_indices": window_indices,
-        "window_values": window_values,
-        "error": error,
-        "error_min": error_min,
-        "error_max": error_max,
-        "thresholds": thresholds,
-        "ordinals": ordinals,
+            _require(name, scalar, None, (torch.float32, torch.float64), device)
+    state: dict[str, Sequence[Tensor]] = {
+        "step": args.steps,
+        "window_indices": args.window_indices,
+        "window_values": args.window_values,
+        "error": args.error,
+        "error_min": args.error_min,
+        "error_max": args.error_max,
     }
-    for name, values in lists.items():
-        if len(values) != len(params):
-            raise ValueError(f"{name} has {len(values)} entries for {len(params)} parameters")
-    for i, param in enumerate(params):
-        numel, device = param.numel(), num_skipped_blocks.device
-        if window_indices[i].dim() != 3 or window_indices[i].shape[1] != window_indices[0].shape[1]:
+    others = {"grads": args.grads, "thresholds": args.thresholds, "ordinals": args.ordinals}
+    for name, entries in (state | others).items():
+        if len(entries) != len(args.params):
+            raise ValueError(f"{name} has {len(entries)} entries for {len(args.params)} parameters")
+    for i, param in enumerate(args.params):
+        indices = args.window_indices[i]
+        if indices.dim() != 3 or indices.shape[1] != args.window_indices[0].shape[1]:
             raise ValueError(
-                f"window_indices[{i}] has shape {tuple(window_indices[i].shape)}: it must be "
+                f"window_indices[{i}] has shape {tuple(indices.shape)}: it must be "
                 "(num_blocks, window_size, k) with one window_size for all parameters"
             )
         # int(): a graph is traced for parameters of fixed sizes.
-        window_size = int(window_indices[i].shape[1])
-        layout = BlockLayout.of(int(numel), window_size, density, bucket_size, block_size)
+        layout = BlockLayout.of(
+            int(param.numel()),
+            int(indices.shape[1]),
+            args.density,
+            args.bucket_size,
+            args.block_size,
+        )
         _require(f"params[{i}]", param, param.shape, DTYPES, device)
-        _require(f"params[{i}]", param, param.shape, (params[0].dtype,), device)
-        _require(f"grads[{i}]", grads[i], param.shape, DTYPES, device)
-        _require(f"grads[{i}]", grads[i], param.shape, (grads[0].dtype,), device)
+        _require(f"params[{i}]", param, param.shape, (args.params[0].dtype,), device)
+        _require(f"grads[{i}]", args.grads[i], param.shape, DTYPES, device)
+        _require(f"grads[{i}]", args.grads[i], param.shape, (args.grads[0].dtype,), device)
         for name, (shape, dtype) in layout.state_spec.items():
-            _require(f"{name}[{i}]", lists[name][i], shape, (dtype,), device)  # type: ignore[arg-type]
-        _require(f"thresholds[{i}]", thresholds[i], (layout.num_blocks,), (torch.float32,), device)
-    _require(
-        "num_skipped_blocks", num_skipped_blocks, (), (torch.int64,), num_skipped_blocks.device
-    )
+            _require(f"{name}[{i}]", state[name][i], shape, (dtype,), device)
+        _require(
+            f"thresholds[{i}]", args.thresholds[i], (layout.num_blocks,), (torch.float32,), device
+        )
 
 
 def _require(
@@ -335,10 +184,6 @@ def _require(
 
 # Not as a torch.library.custom_op, which counts a version of every state tensor, one by one in
 # Python: that took longer than the step of a small parameter.
-torch.library.define(
-    "microadam::step_",
-    torch.library.infer_schema(_plain_torch_step, mutates_args=_MUTATED),
-    tags=torch.Tag.pt2_compliant_tag,
-)
+torch.library.define("microadam::step_", _SCHEMA, tags=torch.Tag.pt2_compliant_tag)
 torch.library.impl("microadam::step_", "CompositeExplicitAutograd", _plain_torch_step)
 torch.library.register_fake("microadam::step_", _check_arguments)

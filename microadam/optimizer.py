@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from microadam import distributed, ops
 from microadam.distributed import Shard
 from microadam.layout import MAX_BLOCK_SIZE, BlockLayout
+from microadam.reference import StepArguments
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -173,36 +174,38 @@ class MicroAdam(Optimizer):
         lr = group["lr"]
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        flat_params = [_StorageOrder(item.param) for item in batch]
+        flat = [_StorageOrder(item.param) for item in batch]
         ops.step_(
-            [flat.values for flat in flat_params],
-            [flat.arrange(item.grad) for flat, item in zip(flat_params, batch, strict=True)],
-            [item.state["step"] for item in batch],
-            [item.state["window_indices"] for item in batch],
-            [item.state["window_values"] for item in batch],
-            [item.state["error"] for item in batch],
-            [item.state["error_min"] for item in batch],
-            [item.state["error_max"] for item in batch],
-            [item.thresholds for item in batch],
-            self._skipped_blocks_on(device),
-            lr.to(device) if isinstance(lr, Tensor) else None,
-            None if grad_scale is None else grad_scale.to(device),
-            None if found_inf is None else found_inf.to(device),
-            lr=0.0 if isinstance(lr, Tensor) else lr,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            alpha=group["alpha"],
-            density=group["density"],
-            block_size=group["block_size"],
-            bucket_size=group["bucket_size"],
-            stochastic_rounding=group["stochastic_rounding"],
-            seed=group["seed"],
-            ordinals=self._rounding_ordinals(group, batch),
+            StepArguments(
+                params=[p.values for p in flat],
+                grads=[p.arrange(item.grad) for p, item in zip(flat, batch, strict=True)],
+                steps=[item.state["step"] for item in batch],
+                window_indices=[item.state["window_indices"] for item in batch],
+                window_values=[item.state["window_values"] for item in batch],
+                error=[item.state["error"] for item in batch],
+                error_min=[item.state["error_min"] for item in batch],
+                error_max=[item.state["error_max"] for item in batch],
+                thresholds=[item.thresholds for item in batch],
+                num_skipped_blocks=self._skipped_blocks_on(device),
+                lr_tensor=lr.to(device) if isinstance(lr, Tensor) else None,
+                grad_scale=None if grad_scale is None else grad_scale.to(device),
+                found_inf=None if found_inf is None else found_inf.to(device),
+                lr=0.0 if isinstance(lr, Tensor) else lr,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                alpha=group["alpha"],
+                density=group["density"],
+                block_size=group["block_size"],
+                bucket_size=group["bucket_size"],
+                stochastic_rounding=group["stochastic_rounding"],
+                seed=group["seed"],
+                ordinals=self._rounding_ordinals(group, batch),
+            )
         )
-        for flat in flat_params:
-            flat.write_back()
+        for p in flat:
+            p.write_back()
 
     def _rounding_ordinals(self, group: dict[str, Any], batch: list[_Item]) -> list[int]:
         """What names each parameter's random bits: another number for every shard of it."""
@@ -336,7 +339,7 @@ class _Cache(NamedTuple):
 
     layout: BlockLayout  # that its state is known to fit
     device: torch.device
-    thresholds: Tensor  # of the native kernels: see ops.step_
+    thresholds: Tensor  # of the native kernels: see StepArguments
 
 
 class _Item(NamedTuple):

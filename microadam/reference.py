@@ -9,6 +9,7 @@ size, ``Q`` the bucket size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -267,34 +268,8 @@ def _pieces(segment: Segment, max_blocks: int) -> list[Segment]:
     ]
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    window_indices: Sequence[Tensor],
-    window_values: Sequence[Tensor],
-    error: Sequence[Tensor],
-    error_min: Sequence[Tensor],
-    error_max: Sequence[Tensor],
-    num_skipped_blocks: Tensor,
-    lr_tensor: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    alpha: float,
-    density: float,
-    block_size: int,
-    bucket_size: int,
-    stochastic_rounding: bool,
-    seed: int,
-    ordinals: Sequence[int],
-) -> None:
-    """One MicroAdam step of many parameters, in place.
+class StepArguments(NamedTuple):
+    """What one step of many parameters takes, in the order of the operator's schema.
 
     Args:
         params: contiguous, of any shape; float32, bfloat16 or float16. Written.
@@ -302,6 +277,9 @@ def step_(
         steps: int64 scalars, the steps taken before this one. Incremented.
         window_indices, window_values, error, error_min, error_max: the state, shaped as
             `microadam.BlockLayout.state_spec` says. Written.
+        thresholds: float32 ``(num_blocks,)`` for each parameter, 0 at first; written. A cache in
+            which a native kernel keeps where to look for the largest accumulators of a block. It
+            changes no result.
         num_skipped_blocks: int64 scalar; grows by the blocks left as they were because their
             accumulator held a NaN, an Inf or a magnitude of ``MAX_MAGNITUDE`` or more.
         lr_tensor: scalar learning rate; replaces ``lr`` where given.
@@ -309,33 +287,62 @@ def step_(
         found_inf: scalar; where it is not 0 nothing at all is changed.
         ordinals: the position of each parameter in the optimizer; with ``seed``, the step and the
             element's index it decides the random bits of stochastic rounding.
+        others: as `microadam.MicroAdam` takes them.
     """
-    if found_inf is not None and found_inf.item() != 0:
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    steps: Sequence[Tensor]
+    window_indices: Sequence[Tensor]
+    window_values: Sequence[Tensor]
+    error: Sequence[Tensor]
+    error_min: Sequence[Tensor]
+    error_max: Sequence[Tensor]
+    thresholds: Sequence[Tensor]
+    num_skipped_blocks: Tensor
+    lr_tensor: Tensor | None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    alpha: float
+    density: float
+    block_size: int
+    bucket_size: int
+    stochastic_rounding: bool
+    seed: int
+    ordinals: Sequence[int]
+
+
+def step_(args: StepArguments) -> None:
+    """One MicroAdam step of many parameters, in place."""
+    if args.found_inf is not None and args.found_inf.item() != 0:
         return
-    rate = lr if lr_tensor is None else float(lr_tensor)
-    inv_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-    for i, param in enumerate(params):
-        steps[i] += 1
-        layout = BlockLayout.of(
-            param.numel(), window_indices[i].shape[1], density, bucket_size, block_size
-        )
+    for i, param in enumerate(args.params):
+        args.steps[i].add_(1)
+        window_size = args.window_indices[i].shape[1]
         _step_param(
             param.view(-1),
-            grads[i].view(-1),
-            int(steps[i]),
-            window_indices[i],
-            window_values[i],
-            error[i],
-            error_min[i],
-            error_max[i],
-            layout,
-            num_skipped_blocks,
-            inv_scale=inv_scale,
-            lr=rate,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            alpha=alpha,
-            rounding_key=(seed, ordinals[i]) if stochastic_rounding else None,
+            args.grads[i].view(-1),
+            int(args.steps[i]),
+            args.window_indices[i],
+            args.window_values[i],
+            args.error[i],
+            args.error_min[i],
+            args.error_max[i],
+            BlockLayout.of(
+                param.numel(), window_size, args.density, args.bucket_size, args.block_size
+            ),
+            args.num_skipped_blocks,
+            inv_scale=1.0 if args.grad_scale is None else 1.0 / float(args.grad_scale),
+            lr=args.lr if args.lr_tensor is None else float(args.lr_tensor),
+            beta1=args.beta1,
+            beta2=args.beta2,
+            eps=args.eps,
+            weight_decay=args.weight_decay,
+            alpha=args.alpha,
+            rounding_key=(args.seed, args.ordinals[i]) if args.stochastic_rounding else None,
         )

@@ -7,13 +7,14 @@ square root on a CPU is not always correctly rounded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from microadam import BlockLayout, ops, reference
+from microadam.reference import StepArguments
 
 # Relative to the update: sqrt, + eps, quotient, times lr, each within half a unit of 2^-23.
 UPDATE_TOLERANCE = 2.0**-21
@@ -21,7 +22,7 @@ UPDATE_TOLERANCE = 2.0**-21
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What `ops.step_` takes beside tensors."""
+    """What `ops.step_` takes beside tensors, and the size of the window."""
 
     window_size: int = 10
     density: float = 0.01
@@ -40,13 +41,6 @@ class Hyperparameters:
         return BlockLayout.of(
             numel, self.window_size, self.density, self.bucket_size, self.block_size
         )
-
-    def scalars(self, num_parameters: int) -> dict[str, Any]:
-        names = ("lr", "beta1", "beta2", "eps", "weight_decay", "alpha", "density")
-        names += ("block_size", "bucket_size", "stochastic_rounding", "seed")
-        return {name: getattr(self, name) for name in names} | {
-            "ordinals": list(range(num_parameters))
-        }
 
 
 @dataclass
@@ -87,31 +81,29 @@ class Run:
             self.num_skipped_blocks.to(device),
         )
 
-    def tensors(self, grads: list[Tensor]) -> list[list[Tensor]]:
+    def arguments(self, grads: list[Tensor], **changes: Any) -> StepArguments:
         names = ("step", "window_indices", "window_values", "error", "error_min", "error_max")
-        return [self.params, grads, *([state[name] for state in self.states] for name in names)]
+        hyper = {name: value for name, value in asdict(self.hyper).items() if name != "window_size"}
+        arguments = StepArguments(
+            self.params,
+            grads,
+            *([state[name] for state in self.states] for name in names),
+            self.thresholds,
+            self.num_skipped_blocks,
+            lr_tensor=None,
+            grad_scale=None,
+            found_inf=None,
+            ordinals=list(range(len(self.params))),
+            **hyper,
+        )
+        return arguments._replace(**changes)
 
     def step(self, grads: list[Tensor]) -> None:
         """By what `ops.step_` chooses."""
-        ops.step_(
-            *self.tensors(grads),
-            self.thresholds,
-            self.num_skipped_blocks,
-            None,
-            None,
-            None,
-            **self.hyper.scalars(len(self.params)),
-        )
+        ops.step_(self.arguments(grads))
 
     def step_in_plain_torch(self, grads: list[Tensor]) -> None:
-        reference.step_(
-            *self.tensors(grads),
-            self.num_skipped_blocks,
-            None,
-            None,
-            None,
-            **self.hyper.scalars(len(self.params)),
-        )
+        reference.step_(self.arguments(grads))
 
 
 def step_and_compare(run: Run, grads: list[Tensor]) -> None:

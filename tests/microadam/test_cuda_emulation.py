@@ -197,12 +197,11 @@ def test_scalars_on_the_device(
     ours = Run(hyper, [draw(n, torch.float32, generator) for n in sizes])
     theirs = ours.clone()
     grads = [1000 * draw(n, torch.float32, generator) for n in sizes]
-    scalars = hyper.scalars(2) | {"lr": 0.0}
-    optional = [torch.tensor(x, dtype=dtype) for x in (0.03, 777.0, 0.0)]
-    reference.step_(*theirs.tensors(grads), theirs.num_skipped_blocks, *optional, **scalars)
-    emulation(
-        *ours.tensors(grads), ours.thresholds, ours.num_skipped_blocks, *optional, *scalars.values()
-    )
+    names = ("lr_tensor", "grad_scale", "found_inf")
+    values = (torch.tensor(x, dtype=dtype) for x in (0.03, 777.0, 0.0))
+    changes = dict(zip(names, values, strict=True)) | {"lr": 0.0}
+    reference.step_(theirs.arguments(grads, **changes))
+    emulation(*ours.arguments(grads, **changes))
     for p, expected in zip(ours.params, theirs.params, strict=True):
         torch.testing.assert_close(p, expected, rtol=2.0**-22, atol=0)
     assert torch.equal(ours.states[0]["error"], theirs.states[0]["error"])
@@ -212,14 +211,7 @@ def test_found_inf_changes_nothing(emulation: Any, generator: torch.Generator) -
     run = Run(Hyperparameters(), [draw(5000, torch.float32, generator)])
     before = run.clone()
     grads = [draw(5000, torch.float32, generator)]
-    optional = (None, None, torch.tensor(1.0))
-    emulation(
-        *run.tensors(grads),
-        run.thresholds,
-        run.num_skipped_blocks,
-        *optional,
-        *run.hyper.scalars(1).values(),
-    )
+    emulation(*run.arguments(grads, found_inf=torch.tensor(1.0)))
     assert torch.equal(run.params[0], before.params[0])
     for name, value in before.states[0].items():
         assert torch.equal(run.states[0][name], value)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import microadam
 from microadam import MicroAdam, ops
+from microadam.reference import StepArguments
 from tests.microadam.agreement import Hyperparameters, Run
 
 ROOT = Path(microadam.__file__).resolve().parents[1]
@@ -26,24 +27,15 @@ def new_run(*sizes: int) -> Run:
     return Run(Hyperparameters(), [torch.randn(n, generator=generator) for n in sizes])
 
 
-def arguments(run: Run, lr_tensor: Tensor | None = None, **changes: Any) -> tuple[Any, ...]:
-    """What torch.ops.microadam.step_ takes, in its order."""
-    grads = [torch.ones_like(p) for p in run.params]
-    optional = (lr_tensor, None, None)
-    scalars = run.hyper.scalars(len(run.params)) | changes
-    return (
-        *run.tensors(grads),
-        run.thresholds,
-        run.num_skipped_blocks,
-        *optional,
-        *scalars.values(),
-    )
+def arguments(run: Run, **changes: Any) -> StepArguments:
+    return run.arguments([torch.ones_like(p) for p in run.params], **changes)
 
 
 @pytest.mark.parametrize("lr_tensor", [None, torch.tensor(0.01)])
 def test_operator_passes_opcheck(lr_tensor: Tensor | None) -> None:
     """The schema tells what is written, and fake tensors and autograd are registered rightly."""
-    torch.library.opcheck(torch.ops.microadam.step_.default, arguments(new_run(5000, 3), lr_tensor))
+    args = arguments(new_run(5000, 3), lr_tensor=lr_tensor)
+    torch.library.opcheck(torch.ops.microadam.step_.default, tuple(args))
 
 
 def test_step_marks_parameters_as_changed() -> None:
