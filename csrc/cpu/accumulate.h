@@ -1,4 +1,4 @@
-// accumulator = gradient + error feedback, with a mark for each that may be among the largest.
+// accumulator = gradient + error feedback, with a list of those that may be among the largest.
 #pragma once
 
 #include "block.h"
@@ -16,27 +16,53 @@ void accumulate_bucket(const Grad* grad, const uint8_t* codes, float minimum, fl
   }
 }
 
-// A bit for each of `length` values: whether its magnitude reaches the threshold, or is NaN.
-inline void mark_above(const float* values, int length, float threshold, uint8_t* above) {
-  for (int i = 0; i < length; i += 8) {
-    unsigned bits = 0;
-    for (int j = 0; j < std::min(8, length - i); ++j) {
-      bits |= unsigned{!(fabsf(values[i + j]) < threshold)} << j;
-    }
-    above[i / 8] = static_cast<uint8_t>(bits);
+// A bit for each of at most 64 values: whether its magnitude reaches the threshold, or is NaN.
+inline uint64_t marks_of(const float* values, int length, float threshold) {
+  uint64_t marks = 0;
+  for (int i = 0; i < length; ++i) marks |= uint64_t{!(fabsf(values[i]) < threshold)} << i;
+  return marks;
+}
+
+// Appends the marked ones of 64 elements to the candidates; returns how many there are now.
+MICROADAM_INLINE int append_marked(uint64_t marks, int first_element, int32_t* candidates,
+                                   int count) {
+  // Most words have few marks. The first three are written whether they are there or not, which
+  // spares a branch that cannot be predicted.
+  const int end = count + __builtin_popcountll(marks);
+  for (int i = 0; i < 3; ++i, marks &= marks - 1) {
+    candidates[count + i] = first_element + __builtin_ctzll(marks | (uint64_t{1} << 63));
   }
+  for (count += 3; marks != 0; marks &= marks - 1) {
+    candidates[count++] = first_element + __builtin_ctzll(marks);
+  }
+  return end;
+}
+
+// The elements from `first_element` on whose magnitudes reach the threshold, ascending, into
+// scratch.candidates after the `count` that are there; returns how many there are now.
+inline int append_candidates(int first_element, int length, float threshold, Scratch& scratch,
+                             int count) {
+  for (int i = first_element; i < length; i += 64) {
+    const uint64_t marks = marks_of(scratch.accumulator + i, std::min(64, length - i), threshold);
+    count = append_marked(marks, i, scratch.candidates, count);
+  }
+  return count;
 }
 
 #if defined(__AVX2__)
-// Both of the above for whole buckets of 64.
+// Both for whole buckets of 64. What finds the candidates runs beside the arithmetic, in units of
+// its own.
 template <bool kIsScaled, class Grad, class Prefetcher>
-void accumulate_avx2(const Grad* grad, const uint8_t* codes, const float* bucket_min,
-                     const float* bucket_unit, int num_buckets, float inv_scale, float threshold,
-                     float* accumulator, uint8_t* above, Prefetcher& prefetcher) {
+int accumulate_avx2(const Grad* grad, const uint8_t* codes, int num_buckets, float inv_scale,
+                    float threshold, Scratch& scratch, Prefetcher& prefetcher) {
   constexpr int kHalf = kVectorBucket / 2;
   const __m256 scale = _mm256_set1_ps(inv_scale), limit = _mm256_set1_ps(threshold);
   const __m256 magnitude_mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const float *bucket_min = scratch.bucket_min, *bucket_unit = scratch.bucket_unit;
+  float* accumulator = scratch.accumulator;
+  int32_t* candidates = scratch.candidates;
+  int count = 0;
   for (int b = 0; b < num_buckets; ++b) {
     const __m256 low = _mm256_set1_ps(bucket_min[b]), unit = _mm256_set1_ps(bucket_unit[b]);
     // Stores eight accumulators; returns which of them are above.
@@ -50,12 +76,11 @@ void accumulate_avx2(const Grad* grad, const uint8_t* codes, const float* bucket
       // Not less, so that NaN is marked.
       return _mm256_castps_si256(_mm256_cmp_ps(magnitude, limit, _CMP_NLT_UQ));
     };
-    // One store of 32 bits costs a fraction of four of 8.
-    const auto store_marks = [&](int i, const __m256i(&marks)[4]) {
-      const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(marks[0], marks[1]),
-                                               _mm256_packs_epi32(marks[2], marks[3]));
-      const int bits = _mm256_movemask_epi8(_mm256_permutevar8x32_epi32(bytes, order));
-      memcpy(above + i / 8, &bits, sizeof(bits));
+    const auto marks_of_half = [&](const __m256i(&is_above)[4]) {
+      const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(is_above[0], is_above[1]),
+                                               _mm256_packs_epi32(is_above[2], is_above[3]));
+      const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, order);
+      return static_cast<uint32_t>(_mm256_movemask_epi8(ordered));
     };
     __m256i first_half[4], second_half[4];
 #pragma GCC unroll 4
@@ -65,18 +90,20 @@ void accumulate_avx2(const Grad* grad, const uint8_t* codes, const float* bucket
       first_half[i] = accumulate(8 * i, _mm256_and_si256(pairs, _mm256_set1_epi32(15)));
       second_half[i] = accumulate(8 * i + kHalf, _mm256_srli_epi32(pairs, 4));
     }
-    store_marks(0, first_half);
-    store_marks(kHalf, second_half);
+    const uint64_t marks = marks_of_half(first_half) | uint64_t{marks_of_half(second_half)}
+                                                           << kHalf;
+    count = append_marked(marks, b * kVectorBucket, candidates, count);
     prefetcher.advance();
-    grad += kVectorBucket, accumulator += kVectorBucket;
-    codes += kHalf, above += kVectorBucket / 8;
+    grad += kVectorBucket, accumulator += kVectorBucket, codes += kHalf;
   }
+  return count;
 }
 #endif
 
-// Fills scratch.accumulator and marks what reaches the block's threshold.
+// Fills scratch.accumulator, and scratch.candidates with the elements that reach the block's
+// threshold, ascending; returns how many.
 template <class Grad, class Prefetcher>
-void accumulate(const Settings& s, const Block& block, Scratch& scratch, Prefetcher& prefetcher) {
+int accumulate(const Settings& s, const Block& block, Scratch& scratch, Prefetcher& prefetcher) {
   const Grad* grad = static_cast<const Grad*>(block.grad);
   const int size = s.bucket_size, half = size / 2;
   const int num_buckets = (block.length + size - 1) / size;
@@ -86,14 +113,13 @@ void accumulate(const Settings& s, const Block& block, Scratch& scratch, Prefetc
     scratch.bucket_unit[b] = quantization_unit(low, to_float(block.error_max[b]));
   }
 
-  int b = 0;
+  int b = 0, count = 0;
 #if defined(__AVX2__)
   if (size == kVectorBucket) {
     b = block.length / size;
     const auto whole_buckets = s.inv_scale == 1.0f ? accumulate_avx2<false, Grad, Prefetcher>
                                                    : accumulate_avx2<true, Grad, Prefetcher>;
-    whole_buckets(grad, block.error, scratch.bucket_min, scratch.bucket_unit, b, s.inv_scale,
-                  *block.threshold, scratch.accumulator, scratch.above, prefetcher);
+    count = whole_buckets(grad, block.error, b, s.inv_scale, *block.threshold, scratch, prefetcher);
   }
 #endif
   const int first_left = b * size;
@@ -103,8 +129,7 @@ void accumulate(const Settings& s, const Block& block, Scratch& scratch, Prefetc
                       std::min(size, block.length - i), half, s.inv_scale, scratch.accumulator + i);
     prefetcher.advance();
   }
-  mark_above(scratch.accumulator + first_left, block.length - first_left, *block.threshold,
-             scratch.above + first_left / 8);
+  return append_candidates(first_left, block.length, *block.threshold, scratch, count);
 }
 
 }  // namespace

@@ -12,6 +12,9 @@ namespace {
 
 constexpr int kLine = 64;  // bytes of a cache line
 
+// For what a loop does to eight or 64 elements: a call would empty the vector registers.
+#define MICROADAM_INLINE inline __attribute__((always_inline))
+
 // A vector of the compiler's own kind: what it does stays plain C++ on every machine.
 typedef float Moments __attribute__((vector_size(8)));  // first, second
 
@@ -39,7 +42,6 @@ struct Scratch {
       : accumulator(s.block_size),
         bucket_min(s.block_size / s.bucket_size),
         bucket_unit(s.block_size / s.bucket_size),
-        above(s.block_size / 8 + 8),
         candidates(s.block_size + 16),
         magnitudes(s.block_size + 32),
         weights1(static_cast<size_t>(max_k) * s.window_size),
@@ -47,12 +49,11 @@ struct Scratch {
         terms(2 * static_cast<size_t>(max_k) * s.window_size),
         moments(s.block_size) {}
 
-  Buffer<float> accumulator;  // (block_size,); the residual once the selected are taken out
-  Buffer<float> bucket_min;   // (num_buckets,)
-  Buffer<float> bucket_unit;  // (num_buckets,)
-  Buffer<uint8_t> above;      // a bit an element: whether its magnitude reaches the threshold
-  Buffer<int32_t> candidates;
-  Buffer<int32_t> magnitudes;  // of the candidates, as bits: ordered as the floats are
+  Buffer<float> accumulator;   // (block_size,); the residual once the selected are taken out
+  Buffer<float> bucket_min;    // (num_buckets,)
+  Buffer<float> bucket_unit;   // (num_buckets,)
+  Buffer<int32_t> candidates;  // the elements that reach the threshold, ascending
+  Buffer<int32_t> magnitudes;  // theirs, as bits: ordered as the floats are
   Buffer<float> weights1;      // (window_size, k) beta1^age of every window entry
   Buffer<float> weights2;      // (window_size, k) beta2^age
   Buffer<float> terms;         // (window_size, k, 2) what an entry adds to its coordinate's moments

@@ -18,10 +18,10 @@ template <class Param, class Grad>
 bool step_block(const Settings& s, const Stepped& p, const Block& block, const Block& next,
                 Scratch& scratch) {
   Prefetcher<Param, Grad> prefetcher(next);
-  accumulate<Grad>(s, block, scratch, prefetcher);
+  const int num_candidates = accumulate<Grad>(s, block, scratch, prefetcher);
   int16_t* selected = block.window_indices + block.newest_slot * block.slot_stride;
   BFloat16* selected_values = block.window_values + block.newest_slot * block.slot_stride;
-  if (!select_top_k(block, scratch, selected, prefetcher)) return false;
+  if (!select_top_k(block, num_candidates, scratch, selected)) return false;
   for (int i = 0; i < block.k; ++i) {
     float& value = scratch.accumulator[selected[i]];
     selected_values[i] = round_to<BFloat16>(value);

@@ -44,7 +44,7 @@ __m256 reduce_each(const __m256 (&v)[8], Reduce reduce) {
 
 // The codes of 32 residuals, before the clamp to 15, as bytes in the order
 // 0-3, 8-11, 16-19, 24-27, 4-7, 12-15, 20-23, 28-31.
-inline __m256i encode_32(const float* residual, __m256 low, __m256 inverse) {
+MICROADAM_INLINE __m256i encode_32(const float* residual, __m256 low, __m256 inverse) {
   const __m256 half = _mm256_set1_ps(0.5f);
   const auto level = [&](int i) {
     const __m256 quotient = _mm256_mul_ps(_mm256_sub_ps(load(residual + i), low), inverse);
@@ -85,7 +85,8 @@ inline void find_eight_ranges(const float* residual, float kept_share, BFloat16*
   _mm256_store_ps(inverses, _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(1.0f), unit), is_used));
 }
 
-inline void encode_bucket(const float* residual, float low, float inverse, uint8_t* codes) {
+MICROADAM_INLINE void encode_bucket(const float* residual, float low, float inverse,
+                                    uint8_t* codes) {
   const __m256 lows = _mm256_set1_ps(low), inverses = _mm256_set1_ps(inverse);
   const __m256i last = _mm256_set1_epi8(15);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -111,7 +112,7 @@ void quantize_residual(const Settings& s, const Block& block, Scratch& scratch,
     for (; b < num_whole; b += 8) {
       find_eight_ranges(residual + b * size, s.kept_share, block.error_min + b, block.error_max + b,
                         scratch.bucket_min + b, scratch.bucket_unit + b);
-      prefetcher.advance();
+      for (int i = 0; i < 4; ++i) prefetcher.advance();
     }
     for (b = 0; b < num_whole; ++b) {
       encode_bucket(residual + b * size, scratch.bucket_min[b], scratch.bucket_unit[b],

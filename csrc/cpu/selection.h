@@ -9,39 +9,6 @@ namespace {
 
 typedef int32_t EightInts __attribute__((vector_size(32)));
 
-// The marked elements in ascending order, into scratch.candidates and scratch.magnitudes.
-template <class Prefetcher>
-int gather_candidates(int length, Scratch& scratch, Prefetcher& prefetcher) {
-  const int num_words = (length + 63) / 64;
-  const int num_bytes = (length + 7) / 8;
-  memset(scratch.above + num_bytes, 0, num_words * 8 - num_bytes);
-  int32_t* candidates = scratch.candidates;
-  int count = 0;
-  for (int w = 0; w < num_words; ++w) {
-    uint64_t word;
-    memcpy(&word, scratch.above + w * 8, 8);
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    word = __builtin_bswap64(word);
-#endif
-    // Most words have few bits. The first three are written whether they are there or not, which
-    // spares a branch that cannot be predicted.
-    const int end = count + __builtin_popcountll(word);
-    for (int i = 0; i < 3; ++i, word &= word - 1) {
-      candidates[count + i] = w * 64 + __builtin_ctzll(word | (uint64_t{1} << 63));
-    }
-    for (count += 3; word != 0; word &= word - 1) {
-      candidates[count++] = w * 64 + __builtin_ctzll(word);
-    }
-    count = end;
-    if (w % 2 == 0) prefetcher.advance();
-  }
-  for (int i = 0; i < count; ++i) {
-    scratch.magnitudes[i] =
-        static_cast<int32_t>(magnitude_bits(scratch.accumulator[candidates[i]]));
-  }
-  return count;
-}
-
 // A threshold that about `rank` magnitudes reach, and never fewer, from a histogram of the floats'
 // exponents and first three bits.
 inline float histogram_threshold(const float* accumulator, int length, int rank) {
@@ -82,25 +49,28 @@ inline void find_ranks(int32_t* magnitudes, int count, int k, int num_wanted, in
 }
 
 // Writes the indices of the k largest magnitudes, ascending, and guesses the next step's threshold.
-// Returns false, and writes nothing, where a magnitude is too large or NaN.
-template <class Prefetcher>
-bool select_top_k(const Block& block, Scratch& scratch, int16_t* selected, Prefetcher& prefetcher) {
+// `count` elements reached this one's. Returns false, and writes nothing, where a magnitude is too
+// large or NaN.
+inline bool select_top_k(const Block& block, int count, Scratch& scratch, int16_t* selected) {
   const int k = block.k;
   // More candidates than needed make the next step's guess safe, too many make it slow.
   const int num_wanted = std::min(block.length, k + 3 * static_cast<int>(sqrtf(float(k))) + 1);
-  int count = gather_candidates(block.length, scratch, prefetcher);
+  const float* accumulator = scratch.accumulator;
   if (count < k || count > 4 * num_wanted) {
     uint32_t largest = 0;
     for (int i = 0; i < block.length; ++i) {
-      largest = std::max(largest, magnitude_bits(scratch.accumulator[i]));
+      largest = std::max(largest, magnitude_bits(accumulator[i]));
     }
     if (largest == 0) {  // as for the rows of an embedding that no token used
       for (int i = 0; i < k; ++i) selected[i] = static_cast<int16_t>(i);
       return true;
     }
-    const float edge = histogram_threshold(scratch.accumulator, block.length, num_wanted);
-    mark_above(scratch.accumulator, block.length, edge, scratch.above);
-    count = gather_candidates(block.length, scratch, prefetcher);
+    const float edge = histogram_threshold(accumulator, block.length, num_wanted);
+    count = append_candidates(0, block.length, edge, scratch, 0);
+  }
+  for (int i = 0; i < count; ++i) {
+    scratch.magnitudes[i] =
+        static_cast<int32_t>(magnitude_bits(accumulator[scratch.candidates[i]]));
   }
   int32_t largest = 0;
   for (int i = 0; i < count; ++i) largest = std::max(largest, scratch.magnitudes[i]);

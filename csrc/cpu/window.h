@@ -56,7 +56,8 @@ void sum_window(const Block& block, Scratch& scratch, Prefetcher& prefetcher) {
 }
 
 #if defined(__AVX2__)
-inline __m256 take_eight_updates(Moments* moments, const int16_t* indices, const UpdateFactors& f) {
+MICROADAM_INLINE __m256 take_eight_updates(Moments* moments, const int16_t* indices,
+                                           const UpdateFactors& f) {
   const auto take = [&](int i) {
     double* both = reinterpret_cast<double*>(moments + indices[i]);
     const __m128 taken = _mm_castpd_ps(_mm_load_sd(both));
@@ -137,7 +138,7 @@ void store_eight(__m128i bits, Param* values, const int16_t* indices) {
 // values[indices] -= updates for eight of them. An index may repeat, and only its first entry has
 // an update: that one is stored last.
 template <class Param>
-void subtract_eight(Param* values, const int16_t* indices, const float* updates) {
+MICROADAM_INLINE void subtract_eight(Param* values, const int16_t* indices, const float* updates) {
 #if defined(__AVX2__)
   if constexpr (sizeof(Param) == 2) {
     const __m256 old_values = to_floats(load_eight(values, indices), Param{});
