@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from ffcv.fields.rgb_image import (
 from ffcv.libffcv import imdecode, resize_crop
 from ffcv.loader import Loader
 from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.memory_managers import OSCacheManager
 from ffcv.pipeline.compiler import Compiler
 from ffcv.transforms import ToDevice, ToTensor, ToTorchImage
 from torch import Tensor
@@ -34,6 +36,9 @@ from experiments.errors import ExperimentError
 _INDEX_BITS = np.uint64(32)
 _INDEX_MASK = np.uint64(0xFFFFFFFF)
 _MIX = np.uint64(2_654_435_761)  # Knuth's multiplicative hash: spreads neighbouring indices
+
+
+_compiled = functools.cache(Compiler.compile)  # once, however many pipelines call it
 
 
 class _Crop(ResizedCropRGBImageDecoder):
@@ -58,10 +63,8 @@ class _Crop(ResizedCropRGBImageDecoder):
         jpeg = IMAGE_MODES["jpg"]
         read = self.memory_read
         images = Compiler.get_iterator()
-        # Compiled for each loader: numba 0.68 raises a KeyError, in FFCV's thread, when a second
-        # pipeline calls a function that was compiled for the first.
-        decode_jpeg, resize = Compiler.compile(imdecode), Compiler.compile(resize_crop)
-        get_crop = Compiler.compile(self._crop)
+        decode_jpeg, resize = _compiled(imdecode), _compiled(resize_crop)
+        get_crop = _compiled(self._crop)
         scale, ratio, flip_share = self._scale, self._ratio, self._flip_share
 
         def decode(numbers: Any, memory: Any, metadata: Any, storage_state: Any) -> Any:
@@ -127,9 +130,28 @@ class _Epoch(EpochIterator):
                     break
 
 
+def _compile_reader(_: OSCacheManager) -> Callable:
+    """What reads an image's bytes from the mapped file, given its address there.
+
+    FFCV's own declares the file read-only by setting an attribute of numba's type of byte arrays,
+    which all compiled code shares and keeps in dictionaries: whatever was compiled for a writable
+    byte array is then not found there any more, and its clean-up fails with a KeyError.
+    """
+
+    def read(address: Any, storage_state: Any) -> Any:
+        content, addresses, sizes = storage_state
+        return content[address : address + sizes[np.searchsorted(addresses, address)]]
+
+    return Compiler.compile(read)
+
+
 class OrderedLoader(Loader):
     """FFCV's loader in an order that is given for every iteration, and that refuses pipelines on
     which FFCV would never finish compiling."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        OSCacheManager.compile_reader = _compile_reader
+        super().__init__(*args, **kwargs)
 
     def read(self, numbers: np.ndarray, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
         """The images with these numbers, batch by batch.

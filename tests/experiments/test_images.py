@@ -223,6 +223,17 @@ def _fails(**_: object) -> None:
     raise ValueError("a broken stage")
 
 
+def test_ffcv_leaves_numbas_types_as_they_are(tmp_path: Path) -> None:
+    """Its loader made the type of byte arrays read-only, for all code: numba then failed with a
+    KeyError when it cleaned up, and when a second pipeline called what the first had compiled."""
+    pytest.importorskip("ffcv", reason="FFCV is not installed")
+    import numba
+
+    bytes_type = numba.uint8[::1]
+    next(_ffcv(tmp_path, RECIPE, 0).evaluate(4, 4, 32))
+    assert bytes_type.mutable
+
+
 def test_ffcv_leaves_torch_its_threads() -> None:
     """Its import sets them to one: a training on two cores took twice as long."""
     pytest.importorskip("ffcv", reason="FFCV is not installed")
