@@ -53,7 +53,9 @@ class DatasetConfig:
     name: str = MISSING
     path: str | None = None  # folder of this data set's files; comes before everything else
     root: str = "${oc.env:MICROADAM_DATA,data}"  # holds such a folder for each data set, by name
-    source: str = "auto"  # auto: the first that has it of local (below root) | hub | generated
+    # auto: the first that has it of local (below root), hub, generated | real: likewise, but never
+    # generated | local | hub | generated
+    source: str = "auto"
     hub_id: str | None = MISSING  # None: on no hub
     hub_config: str | None = None
     splits: list[str] = MISSING
@@ -64,7 +66,7 @@ class DatasetConfig:
     num_classes: int | None = None  # of labelled images
 
     def __post_init__(self) -> None:
-        require_choice("dataset.source", self.source, "auto", "local", "hub", "generated")
+        require_choice("dataset.source", self.source, "auto", "real", "local", "hub", "generated")
         require_positive("dataset", self, "num_held_out", "num_train", "num_classes")
         for column, kind in self.columns.items():
             require_choice(f"dataset.columns.{column}", kind, "str", "int", "list", "dict", "image")
@@ -75,14 +77,32 @@ class DatasetConfig:
         Raises:
             ExperimentError: the folder that was given or asked for is not there.
         """
-        folder = Path(self.root, self.name) if self.path is None else Path(self.path)
-        if folder.is_dir() and (self.path or self.source in ("auto", "local")):
+        if self.path is not None:
+            if Path(self.path).is_dir():
+                return Path(self.path)
+            raise ExperimentError(
+                f"dataset.path={self.path}: there is no such folder; it must hold the splits "
+                + " and ".join(self.splits)
+            )
+        folder = Path(self.root, self.name)
+        if self.source in ("auto", "real", "local") and folder.is_dir():
             return folder
-        if self.path is None and self.source != "local":
+        if self.source != "local":
             return None
         raise ExperimentError(
-            f"dataset.path={folder}: there is no such folder; it must hold the splits "
-            + " and ".join(self.splits)
+            f"dataset.source=local: there is no folder {folder} with the splits "
+            f"{' and '.join(self.splits)}; put it there, name its parent with dataset.root=FOLDER "
+            "or MICROADAM_DATA, or give it with dataset.path=FOLDER"
+        )
+
+    def not_found(self, reason: str) -> ExperimentError:
+        """What to say where the hub is the last source that may be used, and does not have it."""
+        looked = f"there is no folder {Path(self.root, self.name)}, and " * (self.source != "hub")
+        return ExperimentError(
+            f"dataset.source={self.source}: {looked}data set {self.name} ({self.hub_id}) could not "
+            f"be fetched from the hub ({reason}): go online or set HF_HOME to a cache that has it, "
+            "give a folder with dataset.path=FOLDER, or use generated data with "
+            "dataset.source=generated"
         )
 
 

@@ -111,11 +111,7 @@ def find(config: DatasetConfig, name: str) -> Split:
                 "training on generated patterns instead"
             )
             return Split(name, "generated", _generated(config, name))
-        raise ExperimentError(
-            f"data set {config.name} ({config.hub_id}) could not be fetched from the hub "
-            f"({reason}): go online or set HF_HOME to a cache that has it, give a folder with "
-            "dataset.path=FOLDER, or use generated images with dataset.source=generated"
-        ) from error
+        raise config.not_found(reason) from error
     identity = f"hub {config.hub_id} {name} {len(rows)}"
     return Split(name, "hub", _Rows(rows, config, str(config.hub_id), identity))
 

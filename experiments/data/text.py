@@ -95,11 +95,7 @@ def _find(config: DatasetConfig) -> tuple[str, Path]:
                 "taking generated rows of the same format instead"
             )
             return "generated", _generated(config)
-        raise ExperimentError(
-            f"data set {config.name} ({config.hub_id}) could not be fetched from the hub "
-            f"({reason}): go online or set HF_HOME to a cache that has it, give a folder with "
-            "dataset.path=FOLDER, or use generated data with dataset.source=generated"
-        ) from error
+        raise config.not_found(reason) from error
 
 
 def _exported_from_hub(config: DatasetConfig) -> Path:

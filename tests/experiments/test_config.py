@@ -79,6 +79,13 @@ def test_the_paper_preset_is_the_authors_recipe(composed: Compose) -> None:
     assert config.optimizer.lr == 4e-5
 
 
+@pytest.mark.parametrize("task", _names("task"))
+def test_at_paper_scale_no_data_is_generated(composed: Compose, task: str) -> None:
+    config = composed(f"task={task}", "scale=paper")
+    harness = [harness_task.dataset for harness_task in config.evaluation.harness.values()]
+    assert {dataset.source for dataset in (config.dataset, *harness)} == {"real"}
+
+
 def test_the_preset_knows_the_learning_rate_of_each_optimizer(composed: Compose) -> None:
     assert composed("scale=paper", "optimizer=adamw").optimizer.lr == 5e-5
     assert composed("scale=paper", "optimizer=adamw", "optimizer.lr=1e-3").optimizer.lr == 1e-3

@@ -85,7 +85,7 @@ def test_what_is_missing_is_named(folder: Path) -> None:
     with pytest.raises(ExperimentError, match=r"no split test.*test\.parquet or a folder"):
         images.find(_config(path=str(folder)), "test")
     with pytest.raises(ExperimentError, match=r"cifar10 \(uoft-cs/cifar10\) could not be fetched"):
-        images.find(_config(source="hub"), "train")
+        images.find(_config(source="real"), "train")
     with pytest.raises(ExperimentError, match=r"dataset\.num_classes=null"):
         images.find(_config(source="generated", num_classes=None), "train")
 

@@ -42,10 +42,13 @@ def test_a_folder_below_root_comes_before_the_hub_and_only_where_it_may(folder: 
     named.mkdir()
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").rename(named / f"{split}.jsonl")
-    assert text.load(_config(root=str(folder))).source == "local"
+    for source in ("auto", "real", "local"):
+        assert text.load(_config(root=str(folder), source=source)).source == "local"
     assert text.load(_config(root=str(folder), source="generated")).source == "generated"
-    with pytest.raises(ExperimentError, match="no such folder"):
+    with pytest.raises(ExperimentError, match=r"source=local: .*dataset\.root=.*dataset\.path="):
         text.load(_config(root=str(named), source="local"))
+    with pytest.raises(ExperimentError, match=r"source=hub: data set gsm8k"):
+        text.load(_config(root=str(folder), source="hub"))
 
 
 def test_num_train_takes_the_first_rows_of_the_training_split_only(folder: Path) -> None:
@@ -76,11 +79,13 @@ def test_the_same_rows_are_generated_again() -> None:
     assert first == second
 
 
-def test_where_nothing_may_stand_in_for_the_hub_the_error_tells_three_ways() -> None:
+def test_where_only_real_data_will_do_the_error_tells_where_it_looked_and_three_ways() -> None:
     with pytest.raises(ExperimentError) as error:
-        text.load(_config(source="hub"))
-    for word in ("openai/gsm8k", "dataset.path=FOLDER", "dataset.source=generated", "go online"):
-        assert word in str(error.value)
+        text.load(_config(source="real"))
+    looked = ("dataset.source=real", "no folder no-such-folder/gsm8k", "openai/gsm8k")
+    remedies = ("dataset.path=FOLDER", "dataset.source=generated", "go online")
+    for words in (*looked, *remedies):
+        assert words in str(error.value)
 
 
 @pytest.mark.parametrize(
