@@ -10,15 +10,16 @@ value a step then stand still); it factors the last two dimensions of a convolut
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+
+from experiments.parameterwise import ParameterwiseOptimizer
 
 
-class CAME(Optimizer):
+class CAME(ParameterwiseOptimizer):
     """CAME; a parameter of two and more dimensions is the matrix (shape[0], everything else).
 
     The state is float32 whatever the parameter's dtype. A matrix of m x n has ``exp_avg`` (m, n),
@@ -53,22 +54,13 @@ class CAME(Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                grad = p.grad.float()
-                matrix = grad.flatten(1) if grad.dim() > 1 else grad
-                update = _update(matrix, self.state[p], group).view_as(grad)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"])
-        return loss
+    def _step_parameter(
+        self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        matrix = grad.float().flatten(1) if grad.dim() > 1 else grad.float()
+        update = _update(matrix, state, group).view_as(grad)
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(update, alpha=-group["lr"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; the base class alone would cast it to p's dtype."""

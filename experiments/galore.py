@@ -9,12 +9,13 @@ matrices where they are, without a word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+
+from experiments.parameterwise import ParameterwiseOptimizer
 
 
 def low_rank_parameters(model: nn.Module, rank: int) -> list[Tensor]:
@@ -33,7 +34,7 @@ def low_rank_parameters(model: nn.Module, rank: int) -> list[Tensor]:
     return [w for w in weights if w.requires_grad and min(w.shape) > rank and w not in left_out]
 
 
-class GaLoreAdamW(Optimizer):
+class GaLoreAdamW(ParameterwiseOptimizer):
     """AdamW; a group with a ``rank`` holds matrices whose gradients are projected to that rank.
 
     A matrix of m x n, m <= n (else its transpose), has the state ``projection`` (m, rank) and
@@ -78,24 +79,12 @@ class GaLoreAdamW(Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                state = self.state[p]
-                if group["rank"] is None:
-                    update = _adam(p.grad.float(), state, p.dtype, group)
-                else:
-                    update = _galore(p.grad.float(), state, p.dtype, group)
-                p.add_(update, alpha=-group["lr"])
-        return loss
+    def _step_parameter(
+        self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        update = (_adam if group["rank"] is None else _galore)(grad.float(), state, p.dtype, group)
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(update, alpha=-group["lr"])
 
 
 def _galore(grad: Tensor, state: dict[str, Any], dtype: torch.dtype, group: dict) -> Tensor:

@@ -8,18 +8,18 @@ the variant would need is computed, not measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from experiments.parameterwise import ParameterwiseOptimizer
 from microadam import reference
 from microadam.layout import BlockLayout, Segment
 
 
-class MicroAdamVariant(Optimizer):
+class MicroAdamVariant(ParameterwiseOptimizer):
     """MicroAdam, Adam on Top-K gradients, or the algorithm that the paper analyses.
 
     Args:
@@ -66,27 +66,16 @@ class MicroAdamVariant(Optimizer):
             },
         )
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step_parameter(p.view(-1), p.grad.view(-1), self.state[p], group)
-        return loss
-
     def _step_parameter(
-        self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
+        self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
+        param = p.view(-1)
         if not state:
             state["step"] = 0
             state["error"] = torch.zeros_like(param)
             state["segments"] = [{} for _ in layout_of(param, group).segments]
         state["step"] += 1
-        accumulator = grad + state["error"]
+        accumulator = grad.view(-1) + state["error"]
         for segment, moments in zip(
             layout_of(param, group).segments, state["segments"], strict=True
         ):
