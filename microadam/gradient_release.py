@@ -7,14 +7,17 @@ about one layer's. AdaLomo and LOMO (arXiv:2306.09782) call this a fused backwar
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
+from microadam.distributed import is_sharded
 from microadam.optimizer import MicroAdam
 
 _enabled: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -36,16 +39,19 @@ def enable_gradient_release(
 
     One backward pass is one step, so these are refused with an error, at the latest when they first
     touch a gradient: accumulation over micro-batches (use a larger one with activation
-    checkpointing), clipping by the global norm, ``GradScaler``, closures, more than one process.
-    An error in the backward pass leaves the parameters before it stepped and the others not.
+    checkpointing), clipping by the global norm, ``GradScaler``, closures, DDP. FSDP2 is fine: it
+    hands over each shard's gradient when it is summed over the processes. An error in the backward
+    pass leaves the parameters before it stepped and the others not.
 
     Args:
         model: its parameters that ``optimizer`` holds and that require a gradient now are released.
+            In several processes all of them must be shards, made by ``fully_shard``.
             Tied parameters and activation checkpointing are fine; with tied parameters the
             checkpoints must be of the kind ``use_reentrant=False``.
         optimizer: a `MicroAdam`.
         clip_value: clips every element of a gradient to ``[-clip_value, clip_value]`` first.
-        max_param_grad_norm: then scales each parameter's gradient to at most this norm of its own.
+        max_param_grad_norm: then scales each parameter's gradient to at most this norm of its own;
+            of a sharded one to the norm over all shards.
 
     Returns:
         A handle; its ``remove()`` brings the plain step back.
@@ -53,8 +59,8 @@ def enable_gradient_release(
     Raises:
         TypeError: the optimizer is not a `MicroAdam`.
         ValueError: a bound is not greater than 0, or the optimizer holds no parameter of the model.
-        RuntimeError: it is enabled already, a gradient is left from before, or there is more than
-            one process.
+        RuntimeError: it is enabled already, a gradient is left from before, or a gradient would not
+            be complete yet: under DDP, in several processes without FSDP2, with CPU offloading.
 
     Example:
         >>> optimizer = MicroAdam(model.parameters(), lr=1e-4)
@@ -73,14 +79,27 @@ def enable_gradient_release(
     for name, bound in (("clip_value", clip_value), ("max_param_grad_norm", max_param_grad_norm)):
         if bound is not None and not bound > 0:
             raise ValueError(f"{name}={bound}: must be greater than 0, or None")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        num_processes = torch.distributed.get_world_size()
-        if num_processes > 1:
-            raise RuntimeError(
-                f"gradient release in {num_processes} processes would step each with its own "
-                "gradient before they are averaged: train in one process, or without it"
-            )
     return GradientRelease(model, optimizer, clip_value, max_param_grad_norm)
+
+
+def _require_complete_gradients(model: torch.nn.Module, params: Collection[Tensor]) -> None:
+    """Refuses what adds to a gradient, or still copies it, when the hook of its parameter runs."""
+    is_initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
+    num_processes = torch.distributed.get_world_size() if is_initialized else 1
+    is_ddp = isinstance(model, DistributedDataParallel)
+    if is_ddp or (num_processes > 1 and not all(is_sharded(p) for p in params)):
+        raise RuntimeError(
+            f"gradient release {'under DDP' if is_ddp else f'in {num_processes} processes'} would "
+            "step each process with its own gradient before they are averaged: shard all of the "
+            "model with FSDP2 (fully_shard) before the optimizer is made, train in one process "
+            "without DDP, or without gradient release"
+        )
+    if any(is_sharded(p) and p.device.type != p.device_mesh.device_type for p in params):
+        raise RuntimeError(
+            "gradient release of parameters that FSDP2 offloads to the CPU may step with gradients "
+            "that are still being copied there: fully_shard without CPUOffloadPolicy, or train "
+            "without gradient release"
+        )
 
 
 class GradientRelease:
@@ -107,12 +126,13 @@ class GradientRelease:
                 ordinal += 1
         if not places:
             raise ValueError("the optimizer holds no parameter of the model that needs a gradient")
+        _require_complete_gradients(model, places)
         if any(p.grad is not None for p in places):
             raise RuntimeError(
                 "a parameter has a gradient from an earlier backward pass: call optimizer.step() "
                 "or optimizer.zero_grad() first"
             )
-        self._params = list(places)
+        self._placeholders: dict[Tensor, Tensor] = {}
         self._hooks: list[Any] = [
             p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 partial(self._release, *place)
@@ -138,7 +158,7 @@ class GradientRelease:
             clip_grad_norm_(p, self._max_param_grad_norm)
         group = self._optimizer.param_groups[group_index]
         self._optimizer._step_parameter(p, p.grad, group, ordinal)
-        p.grad = _ReleasedGradient(p)
+        p.grad = self._placeholders[p] = _placeholder(p)
 
     def _end_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -151,9 +171,19 @@ class GradientRelease:
         self._forget_placeholders()
 
     def _forget_placeholders(self) -> None:
-        for p in self._params:
-            if isinstance(p.grad, _ReleasedGradient):
+        for p, placeholder in self._placeholders.items():
+            if p.grad is placeholder:
                 p.grad = None
+        self._placeholders.clear()
+
+
+def _placeholder(p: Tensor) -> Tensor:
+    if not is_sharded(p):
+        return _ReleasedGradient(p)
+    from torch.distributed.tensor import DTensor
+
+    # Not from_local, which makes a view. FSDP2 accumulates on the shard inside.
+    return DTensor(_ReleasedGradient(p.to_local()), p._spec, requires_grad=False)
 
 
 class _ReleasedGradient(Tensor):
@@ -175,6 +205,7 @@ class _ReleasedGradient(Tensor):
             f"{func} on a gradient that was released: its parameter took its step in the backward "
             "pass. A second backward pass before optimizer.step() (gradient accumulation; a tied "
             "parameter in two checkpoints of the kind use_reentrant=True), clipping by the global "
-            "norm and GradScaler need all gradients at once. Instead use a larger micro-batch with "
-            "activation checkpointing; clip_value or max_param_grad_norm; bfloat16 without a scaler"
+            "norm, GradScaler and DDP need all gradients at once. Instead use a larger micro-batch "
+            "with activation checkpointing; clip_value or max_param_grad_norm; bfloat16 without a "
+            "scaler; FSDP2"
         )
