@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -34,6 +34,7 @@ from experiments.errors import ExperimentError
 
 _PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "hydra-core", "numpy")
 _OPTIONAL_PACKAGES = ("bitsandbytes", "torchao", "flashoptim", "torchvision", "ffcv")
+_LOCK_PATIENCE_S = 1.0  # `experiments.status` holds a lock for an instant, to see if it is free
 
 
 class RunFolder:
@@ -61,14 +62,15 @@ class RunFolder:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = self.path.with_suffix(".lock")
         with lock.open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                raise ExperimentError(
-                    f"{self.path} is being run by {file.read().strip() or 'another process'}; wait "
-                    "for it, or change a value such as seed to make it another run"
-                ) from error
+            give_up_at = time.monotonic() + _LOCK_PATIENCE_S
+            while not _take_lock(file):
+                if time.monotonic() > give_up_at:
+                    file.seek(0)
+                    raise ExperimentError(
+                        f"{self.path} is being run by {file.read().strip() or 'another process'}; "
+                        "wait for it, or change a value such as seed to make it another run"
+                    )
+                time.sleep(0.05)
             file.truncate(0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             file.write(f"process {os.getpid()} on {platform.node()} since {since}\n")
@@ -127,6 +129,14 @@ class RunFolder:
         text = _to_json(record)
         atomic.write_text(self._committed_record, text)
         atomic.write_text(self._record, text)
+
+
+def _take_lock(file: IO[str]) -> bool:
+    """Whether the lock was free, and is now ours until the file is closed."""
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def _to_json(values: dict[str, Any]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,19 @@ def _interrupted(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr("experiments.training.checkpoints.save", interrupt)
         with pytest.raises(KeyboardInterrupt):
             execute(config)
+
+
+def test_a_run_starts_while_its_status_is_read(composed: Compose) -> None:
+    """To look, `experiments.status` holds the lock for an instant: a run once was refused by it."""
+    run = RunFolder(composed(*SHORT))
+    run.path.parent.mkdir(parents=True)
+    with run.path.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        timer = threading.Timer(0.2, fcntl.flock, (file, fcntl.LOCK_UN))
+        timer.start()
+        with run.locked():
+            assert status.read(run.path).state == "running"
+        timer.join()
 
 
 def test_the_status_lists_every_run_with_its_state(
