@@ -112,8 +112,9 @@ def of_start(
     checkpoint: Checkpoint | None,
 ) -> str:
     num_params = sum(p.numel() for p in task.model.parameters())
+    fate = "cut" if task.cuts_overlong_examples else "left out"
     overlong = (
-        f"; {task.num_overlong_examples} longer than {config.task.max_length} tokens left out"
+        f"; {task.num_overlong_examples:,} longer than {config.task.max_length} tokens {fate}"
         if task.num_overlong_examples
         else ""
     )
@@ -206,7 +207,9 @@ def _before_after(metrics: dict[str, Any], name: str) -> str:
 def _counts(metrics: dict[str, Any], name: str) -> str:
     """How many samples a score is of; of an average of scores, nothing."""
     if f"eval/{name}_num_samples" in metrics:
-        return f" ({metrics[f'eval/{name}_num_samples']:,} samples)"
+        num_cut = metrics.get(f"eval/{name}_num_cut", 0)
+        cut = f", {num_cut:,} of them cut" if num_cut else ""
+        return f" ({metrics[f'eval/{name}_num_samples']:,} samples{cut})"
     prefix = f"eval/{name.partition('/')[0]}"
     if f"{prefix}/num_samples" not in metrics:
         return ""

@@ -31,7 +31,8 @@ class Task(ABC):
     model_source: str
     data_source: str  # local | hub | generated
     num_examples: int  # to train on
-    num_overlong_examples: int  # left out because they exceed the maximal length
+    num_overlong_examples: int  # to train on, but longer than the maximal length: left out, or cut
+    cuts_overlong_examples = False
     unit = "tokens"  # of the work done
     data_loader = "memory"  # memory: the examples lie there | ffcv | torchvision
 

@@ -17,6 +17,7 @@ class Example:
     tokens: list[int]  # both texts with the model's separators
     segments: list[int]  # for each token 0 or 1: of the first or the second text
     label: int
+    is_cut: bool = False  # to the maximal length
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,14 @@ def encode(
     tokenizer: PreTrainedTokenizerBase, first: str, second: str, label: int, max_length: int
 ) -> Example:
     """The pair as the model's tokenizer joins it, the longer text cut until both fit."""
-    encoded = tokenizer(
-        first,
-        second,
-        truncation="longest_first",
-        max_length=max_length,
-        return_token_type_ids=True,
-        return_attention_mask=False,
-    )
-    return Example(encoded["input_ids"], encoded["token_type_ids"], label)
+    returned = {"return_token_type_ids": True, "return_attention_mask": False}
+    encoded = tokenizer(first, second, verbose=False, **returned)
+    is_cut = len(encoded["input_ids"]) > max_length
+    if is_cut:
+        encoded = tokenizer(
+            first, second, truncation="longest_first", max_length=max_length, **returned
+        )
+    return Example(encoded["input_ids"], encoded["token_type_ids"], label, is_cut)
 
 
 def collate(examples: Sequence[Example], model: PreTrainedModel) -> Batch:

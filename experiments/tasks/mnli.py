@@ -22,11 +22,15 @@ from experiments.tasks.classification import Batch, Example
 LABELS = ("entailment", "neutral", "contradiction")
 
 
+def _num_cut(examples: Sequence[Example]) -> int:
+    return sum(example.is_cut for example in examples)
+
+
 class MNLI(Task):
     """Data, model, loss and metrics of one MNLI run."""
 
     model: PreTrainedModel
-    num_overlong_examples = 0  # they are cut, as is usual for this task
+    cuts_overlong_examples = True  # as is usual for this task
 
     def __init__(self, config: RunConfig, hardware: Hardware) -> None:
         self._config = config
@@ -39,6 +43,7 @@ class MNLI(Task):
         self.model_source = loaded.source
         self._train = self._encode("train", data.rows["train"])
         self.num_examples = len(self._train)
+        self.num_overlong_examples = _num_cut(self._train)
         self._held_out = {
             split.removeprefix("validation_"): self._encode(split, rows[: config.evaluation.limit])
             for split, rows in data.rows.items()
@@ -79,13 +84,17 @@ class MNLI(Task):
         return classification.loss_sum(classification.logits(model, batch), batch)
 
     def evaluate(self) -> dict[str, Any]:
-        """Accuracy on each held-out split; ``loss`` is an example's mean on the first of them."""
+        """Accuracy on each held-out split, and how many of its pairs were cut.
+
+        ``loss`` is an example's mean on the first of them.
+        """
         self.model.eval()
         metrics: dict[str, Any] = {}
         for name, examples in self._held_out.items():
             loss, num_correct = self._evaluate_split(name, examples)
             metrics.setdefault("loss", loss)
             metrics |= classification.accuracy(f"accuracy_{name}", num_correct, len(examples))
+            metrics[f"accuracy_{name}_num_cut"] = _num_cut(examples)
         self.model.train()
         return metrics
 

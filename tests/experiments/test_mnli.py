@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments import hardware, models, planning, pretrained, tasks
-from experiments.data import sentence_pairs
+from experiments.data import sentence_pairs, text
 from experiments.errors import ExperimentError
 from experiments.planning import LiveBytes
 from experiments.records import RunFolder
@@ -119,6 +119,28 @@ def test_evaluation_counts_what_the_model_gets_right(composed: Compose) -> None:
         assert metrics[f"accuracy_{name}_num_samples"] == 9
     assert metrics["loss"] == pytest.approx(6.0, abs=0.01)
     assert task.model.training
+
+
+def test_pairs_that_are_cut_are_counted_in_training_and_evaluation(
+    composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = composed(*SMOKE, "training.max_steps=1", "evaluation.limit=9", "task.max_length=105")
+    execute(config)
+    record = RunFolder(config).finished_record()
+    assert record is not None
+    rows = text.load(config.dataset).rows
+
+    def num_longer(split: str, num_rows: int) -> int:  # a token is a letter; three separate texts
+        lengths = [len(r["premise"]) + len(r["hypothesis"]) + 3 for r in rows[split][:num_rows]]
+        return sum(length > 105 for length in lengths)
+
+    in_training = num_longer("train", record["num_examples"])
+    in_matched = num_longer("validation_matched", 9)
+    assert 0 < in_training == record["num_overlong_examples"] < record["num_examples"]
+    assert 0 < in_matched == record["metrics"]["eval/accuracy_matched_num_cut"] < 9
+    printed = capsys.readouterr().out
+    assert f"{in_training} longer than 105 tokens cut" in printed
+    assert f"(9 samples, {in_matched} of them cut)" in printed
 
 
 def test_a_run_learns_and_reports_both_accuracies(
