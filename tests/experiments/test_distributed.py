@@ -94,6 +94,22 @@ def test_a_killed_run_goes_on_with_as_many_processes_or_with_one_or_four(
         assert record["hardware"]["num_processes"] == world_size
 
 
+@pytest.mark.distributed
+def test_mixed_precision_on_shards_is_that_of_one_process(
+    composed: Compose, quick: tuple[str, ...], tmp_path: Path
+) -> None:
+    """FSDP2 gathers weights in bfloat16, sums gradients and keeps both in float32."""
+
+    def run_in(folder: str, *overrides: str) -> RunConfig:
+        shared = (*quick, "hardware.precision=bf16_amp", f"results_dir={tmp_path / folder}")
+        return composed(*shared, *overrides)
+
+    alone, sharded = run_in("alone"), run_in("sharded", "hardware.parallel=fsdp2")
+    run_on_ranks(1, execute_on_rank, alone)
+    run_on_ranks(2, execute_on_rank, sharded)
+    assert losses(sharded) == pytest.approx(losses(alone), rel=1e-2)
+
+
 def interrupted_rank(config: RunConfig) -> int:
     """Rank 1 alone is told to stop, in its third step."""
     from experiments import training
