@@ -91,6 +91,7 @@ def _run(
         activations.enable_checkpointing(task.model, config.hardware)
     parallel = Parallel(task, config, machine)
     optimizer = optimizers.build(task.model, config.optimizer)
+    setup = training.Setup(config, machine, task, parallel, optimizer)
     checkpoint = distributed.from_rank_0(
         lambda: checkpoints.newest(run.checkpoints, run.hash, task.data_source)
     )
@@ -107,15 +108,13 @@ def _run(
             mirror.log(metrics)
 
     try:
-        before = _evaluation_before(config, task, parallel, run, log)
-        totals = training.train(
-            task, optimizer, config, machine, run, checkpoint, parallel, log, signals
-        )
+        before = _evaluation_before(setup, run, log)
+        totals = training.train(setup, run, checkpoint, log, signals)
         losses = distributed.from_rank_0(
             lambda: [m["train/loss"] for m in run.metrics() if "train/loss" in m]
         )
         has_diverged = not math.isfinite(losses[-1])
-        after, evaluation_s = ({}, 0.0) if has_diverged else _evaluate(task, parallel)
+        after, evaluation_s = ({}, 0.0) if has_diverged else _evaluate(setup)
         if after:
             log({"step": len(losses), **_prefixed("eval", after)})
     finally:
@@ -171,28 +170,24 @@ def _run(
 
 
 def _evaluation_before(
-    config: RunConfig,
-    task: tasks.Task,
-    parallel: Parallel,
-    run: RunFolder,
-    log: Callable[[dict[str, Any]], None],
+    setup: training.Setup, run: RunFolder, log: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """The metrics of the untrained model; a run that goes on finds them in its own log."""
-    if not config.evaluation.before_training:
+    if not setup.config.evaluation.before_training:
         return {}
     for logged in distributed.from_rank_0(lambda: run.metrics()[:1]):
         if logged["step"] == 0:
             return {k.removeprefix("eval/"): v for k, v in logged.items() if k != "step"}
-    before, _ = _evaluate(task, parallel)
+    before, _ = _evaluate(setup)
     log({"step": 0, **_prefixed("eval", before)})
     return before
 
 
-def _evaluate(task: tasks.Task, parallel: Parallel) -> tuple[dict[str, Any], float]:
+def _evaluate(setup: training.Setup) -> tuple[dict[str, Any], float]:
     """Metrics and seconds."""
     started = time.perf_counter()
-    with parallel.whole_model():
-        metrics = distributed.from_rank_0(task.evaluate)
+    with setup.parallel.whole_model():
+        metrics = distributed.from_rank_0(setup.task.evaluate)
     return metrics, time.perf_counter() - started
 
 

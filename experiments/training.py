@@ -16,7 +16,7 @@ from transformers import get_scheduler
 
 from experiments import checkpoints, distributed
 from experiments.checkpoints import Checkpoint
-from experiments.config import RunConfig, TrainingConfig
+from experiments.config import RunConfig
 from experiments.data.order import DataOrder, num_steps
 from experiments.diagnosis import of_gradients
 from experiments.distributed import Parallel
@@ -31,6 +31,17 @@ _LOG_FILE_INTERVAL_S = 15.0  # between two lines of progress where nobody watche
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a run is made of, the same from its first step to its last."""
+
+    config: RunConfig
+    hardware: Hardware
+    task: Task
+    parallel: Parallel  # has the task's model
+    optimizer: torch.optim.Optimizer
+
+
 @dataclass
 class Totals:
     """Sums over all steps, carried through checkpoints."""
@@ -42,13 +53,9 @@ class Totals:
 
 
 def train(
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    config: RunConfig,
-    hardware: Hardware,
+    setup: Setup,
     run: RunFolder,
     checkpoint: Checkpoint | None,
-    parallel: Parallel,
     log: Callable[[dict[str, Any]], None],
     interruption: Interruption,
 ) -> Totals:
@@ -59,6 +66,7 @@ def train(
     Raises:
         SystemExit: a signal came; a checkpoint of the last full step is there.
     """
+    config, task, optimizer = setup.config, setup.task, setup.optimizer
     training = config.training
     rank, world_size = distributed.rank(), distributed.world_size()
     last_step = num_steps(training, task.num_examples)
@@ -85,7 +93,7 @@ def train(
 
     release = None
     if training.gradient_release:
-        release = ReleasedStep(task.model, optimizer, training, hardware)  # type: ignore[arg-type]
+        release = ReleasedStep(task.model, optimizer, training, setup.hardware)  # type: ignore[arg-type]
     task.model.train()
     bar = tqdm(
         desc="train",
@@ -101,9 +109,7 @@ def train(
         for step in range(first_step, last_step):
             # What is random in a step depends on these alone, so a checkpoint holds no generator.
             torch.manual_seed(((config.seed * 1_000_003 + step) * 1_009 + rank) % 2**63)
-            metrics = _step(
-                task, parallel, optimizer, release, batches_of_steps, training, hardware, totals
-            )
+            metrics = _step(setup, release, batches_of_steps, totals)
             schedule.step()
             metrics["step"] = step + 1
             log(metrics)
@@ -134,16 +140,13 @@ def train(
 
 
 def _step(
-    task: Task,
-    parallel: Parallel,
-    optimizer: torch.optim.Optimizer,
+    setup: Setup,
     release: ReleasedStep | None,
     batches_of_steps: Iterator[list[Any]],
-    training: TrainingConfig,
-    hardware: Hardware,
     totals: Totals,
 ) -> dict[str, Any]:
     """One optimizer step; returns its metrics and adds to the totals."""
+    hardware, parallel = setup.hardware, setup.parallel
     hardware.synchronize()
     started = time.perf_counter()
     batches = next(batches_of_steps)
@@ -163,7 +166,7 @@ def _step(
         loss += micro_loss.detach()
     (loss_value,) = distributed.summed(loss.item() / world_size)
     if release is None:
-        grad_norm, optimizer_s = _clip_and_step(task.model, optimizer, training, hardware)
+        grad_norm, optimizer_s = _clip_and_step(setup)
     else:
         grad_norm, optimizer_s = release.finish()
 
@@ -174,21 +177,17 @@ def _step(
     return {
         "train/loss": loss_value,
         "train/grad_norm": grad_norm.item(),
-        "train/lr": float(optimizer.param_groups[0]["lr"]),
+        "train/lr": float(setup.optimizer.param_groups[0]["lr"]),
         "time/step_s": step_s,
         "time/optimizer_s": optimizer_s,
-        f"speed/{task.unit}_per_s": num_units / step_s,
+        f"speed/{setup.task.unit}_per_s": num_units / step_s,
         "memory/peak_bytes": hardware.peak_bytes(),
     }
 
 
-def _clip_and_step(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    training: TrainingConfig,
-    hardware: Hardware,
-) -> tuple[torch.Tensor, float]:
+def _clip_and_step(setup: Setup) -> tuple[torch.Tensor, float]:
     """The global norm of the gradients before clipping, and the seconds in the optimizer."""
+    model, training = setup.task.model, setup.config.training
     params = list(model.parameters())
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     if is_sharded(grad_norm):
@@ -202,10 +201,10 @@ def _clip_and_step(
     if training.max_param_grad_norm is not None:
         for p in params:
             torch.nn.utils.clip_grad_norm_(p, training.max_param_grad_norm)
-    hardware.synchronize()
+    setup.hardware.synchronize()
     started = time.perf_counter()
-    optimizer.step()
-    hardware.synchronize()
+    setup.optimizer.step()
+    setup.hardware.synchronize()
     optimizer_s = time.perf_counter() - started
-    optimizer.zero_grad()
+    setup.optimizer.zero_grad()
     return grad_norm, optimizer_s
