@@ -45,6 +45,7 @@ class Scale:
     learning_rates: dict[str, list[float]] = field(default_factory=dict)
     overrides: dict[str, list[str]] = field(default_factory=dict)
     title: str | None = None  # where it differs
+    notes: list[str] = field(default_factory=list)  # beside the table's
 
 
 @dataclass(frozen=True)
@@ -223,9 +224,8 @@ def main() -> None:
     states, failed = do_missing(cells, options, since)
     if all(not state.tried for state in states):
         raise ExperimentError(f"{options.table}: no run has a record, so no table was written")
-    table = tables.make(
-        definition.name, options.scale, title, definition.columns, states, definition.notes
-    )
+    notes = [*definition.notes, *of_scale.notes]
+    table = tables.make(definition.name, options.scale, title, definition.columns, states, notes)
     paths = tables.write(table, options.results_dir)
     print(
         "\n" + formats.terminal(table.head(), table.lines()) + "\n\n" + "\n".join(map(str, paths))
