@@ -50,8 +50,8 @@ inline int append_candidates(int first_element, int length, float threshold, Scr
 }
 
 #if defined(__AVX2__)
-// Both for whole buckets of 64. What finds the candidates runs beside the arithmetic, in units of
-// its own.
+// accumulate_bucket and append_candidates for whole buckets of 64. Listing the candidates runs
+// beside the arithmetic, in units of its own.
 template <bool kIsScaled, class Grad, class Prefetcher>
 int accumulate_avx2(const Grad* grad, const uint8_t* codes, int num_buckets, float inv_scale,
                     float threshold, Scratch& scratch, Prefetcher& prefetcher) {
