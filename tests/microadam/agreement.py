@@ -106,6 +106,13 @@ class Run:
         reference.step_(self.arguments(grads))
 
 
+def largest_feedback(hyper: Hyperparameters, state: dict[str, Tensor], numel: int) -> Tensor:
+    """What `alpha` may at most have subtracted from each element: by the ranges of its bucket."""
+    largest = torch.maximum(state["error_min"].abs(), state["error_max"].abs()).double()
+    applied = hyper.lr * hyper.alpha / (1 - hyper.alpha) * largest
+    return applied.repeat_interleave(hyper.bucket_size)[:numel]
+
+
 def step_and_compare(run: Run, grads: list[Tensor]) -> None:
     """Steps ``run`` both ways and asserts that the results agree; it goes on from plain torch's."""
     native = run.clone()
@@ -118,10 +125,11 @@ def step_and_compare(run: Run, grads: list[Tensor]) -> None:
             torch.testing.assert_close(
                 native.states[i][name], value, rtol=0, atol=0, msg=f"{name}[{i}] differs"
             )
-    for ours, theirs, old in zip(native.params, run.params, before, strict=True):
+    for ours, theirs, old, state in zip(native.params, run.params, before, run.states, strict=True):
         difference = (ours.double() - theirs.double()).abs()
         decayed = old.double() * (1 - run.hyper.lr * run.hyper.weight_decay)
-        update = (theirs.double() - decayed).abs()
+        # The window's part and the error feedback's may all but cancel.
+        update = (theirs.double() - decayed).abs() + largest_feedback(run.hyper, state, old.numel())
         place = torch.maximum(theirs.double().abs(), decayed.abs())
         tolerance = torch.finfo(ours.dtype).eps * place + UPDATE_TOLERANCE * update
         # Below the smallest normal number the last place does not shrink any more.
