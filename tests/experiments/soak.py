@@ -1,7 +1,8 @@
 """Kills runs at random moments until they are through, and compares what they measured.
 
 ``make soak`` writes results/soak.json and results/soak.md. Every process is ``run.py``, forked from
-a server that has imported its libraries, so that the kills hit the run and not the imports.
+a server that has imported its libraries, so that the kills hit the run and not the imports. Half of
+the kills wait until the run trains: starting takes most of such a short one.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def soak(num_kills: int, seed: int, folder: Path) -> Iterator[Report]:
     started = time.perf_counter()
     rng = random.Random(seed)
     write_problems(folder / "gsm8k", num_train=16, num_test=1)
-    expected, _ = _finish(folder, "undisturbed")
-    again, undisturbed_s = _finish(folder, "undisturbed-2")  # without the start of the server
+    expected, *_ = _finish(folder, "undisturbed")
+    again, start_up_s, rest_s = _finish(folder, "undisturbed-2")  # without the server's start
     assert again == expected, "two undisturbed runs differ"
     kills: list[Kill] = []
     num_runs = 0
@@ -75,17 +76,20 @@ def soak(num_kills: int, seed: int, folder: Path) -> Iterator[Report]:
         name = f"run-{num_runs}"
         while len(kills) < num_kills and not _record(folder, name).exists():
             number = rng.choice((signal.SIGKILL, signal.SIGTERM))
-            kill = _start_and_kill(folder, name, number, rng.uniform(0, undisturbed_s))
+            trains = rng.random() < 0.5
+            after_s = rng.uniform(0, rest_s if trains else start_up_s)
+            kill = _start_and_kill(folder, name, number, trains, after_s)
             if kill:
                 kills.append(kill)
                 print(f"{len(kills)}/{num_kills}: {kill}", flush=True)
-        found, _ = _finish(folder, name)
+        found, *_ = _finish(folder, name)
         assert found == expected, f"{name} measured something else than the undisturbed run"
         num_runs += 1
         yield Report(list(kills), num_runs, time.perf_counter() - started)
 
 
 def _start(folder: Path, name: str) -> Any:
+    folder.joinpath(f"{name}.err").write_text("")  # not the last one's
     arguments = [*RUN, f"dataset.path={folder / 'gsm8k'}", f"results_dir={folder / name}"]
     return start(_process, arguments, folder / name)
 
@@ -94,9 +98,22 @@ def _process(arguments: list[str], output: Path) -> None:
     raise SystemExit(run_py(arguments, output))
 
 
-def _start_and_kill(folder: Path, name: str, number: signal.Signals, after_s: float) -> Kill | None:
-    """None where the run was through before."""
+def _wait_for_training(process: Any, folder: Path, name: str) -> None:
+    while process.is_alive() and not _trains(folder, name):
+        time.sleep(0.01)
+
+
+def _trains(folder: Path, name: str) -> bool:
+    return "train:" in folder.joinpath(f"{name}.err").read_text()  # the progress bar
+
+
+def _start_and_kill(
+    folder: Path, name: str, number: signal.Signals, trains: bool, after_s: float
+) -> Kill | None:
+    """Kills so long after the start, or after training began; None where the run was through."""
     process = _start(folder, name)
+    if trains:
+        _wait_for_training(process, folder, name)
     process.join(after_s)
     if process.is_alive():
         os.kill(process.pid, number)
@@ -107,7 +124,7 @@ def _start_and_kill(folder: Path, name: str, number: signal.Signals, after_s: fl
     checkpoints = sorted(folder.joinpath(name).rglob("step-*.pt"))
     if process.exitcode == 0:
         return None
-    if "train:" not in folder.joinpath(f"{name}.err").read_text():  # the progress bar
+    if not _trains(folder, name):
         place = PLACES[0]
     elif list(folder.joinpath(name).rglob(".step-*.partial")):
         place = PLACES[2]
@@ -122,15 +139,18 @@ def _start_and_kill(folder: Path, name: str, number: signal.Signals, after_s: fl
     )
 
 
-def _finish(folder: Path, name: str) -> tuple[list[dict[str, Any]], float]:
-    """Runs to the end; the metrics apart from the clocks, and the seconds it took."""
+def _finish(folder: Path, name: str) -> tuple[list[dict[str, Any]], float, float]:
+    """Runs to the end; the metrics apart from the clocks, and the seconds before training and from
+    there on."""
     started = time.perf_counter()
     process = _start(folder, name)
+    _wait_for_training(process, folder, name)
+    trains = time.perf_counter()
     process.join()
     assert process.exitcode == 0, folder.joinpath(f"{name}.err").read_text()
-    duration_s = time.perf_counter() - started
     record = json.loads(_record(folder, name).read_text())
-    return [without_clocks(m) for m in (*_metrics(folder, name), record["metrics"])], duration_s
+    metrics = [without_clocks(m) for m in (*_metrics(folder, name), record["metrics"])]
+    return metrics, trains - started, time.perf_counter() - trains
 
 
 def _record(folder: Path, name: str) -> Path:
