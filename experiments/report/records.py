@@ -52,7 +52,10 @@ class Record:
     def machine(self) -> str:
         """GPU or CPU and precision, as a caption names them."""
         hardware = self.values["hardware"]
-        name = hardware["gpu"] or f"{hardware['cpu']} ({hardware['num_threads']} threads)"
+        threads = (
+            "1 thread" if hardware["num_threads"] == 1 else f"{hardware['num_threads']} threads"
+        )
+        name = hardware["gpu"] or f"{hardware['cpu']} ({threads})"
         return f"{name}, {hardware['precision']}"
 
     def is_run_of(self, config: dict[str, Any]) -> bool:
