@@ -113,28 +113,31 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 def _score_against_state(
     table: Table, by_file: dict[str, Record], figures_dir: Path
 ) -> Figure | None:
-    """The table's first score over bytes of state a parameter."""
-    scores = [i for i, column in enumerate(table.columns) if column.unit == "percent"]
-    models = _by_model([row for row in table.rows if scores and row.num_seeds])
-    if not models:
+    """The table's score over bytes of state a parameter."""
+    score = table.score_column
+    models = _by_model([row for row in table.rows if row.num_seeds])
+    if score is None or not models:
         return None
-    label = table.columns[scores[0]].label
+    column = table.columns[score]
+    unit = 100 if column.unit == "percent" else 1
     drawing, axes = _panels(len(models))
     for ax, (model, rows) in zip(axes, models, strict=True):
-        for row in rows:
-            value = row.values[scores[0]]
+        for i, row in enumerate(rows):
+            value = row.values[score]
             if value is None:
                 continue
             num_params = by_file[row.records[0]].values["num_params"]
             x = _metric(row, by_file, "memory/state_bytes") / num_params
-            y, spread = 100 * value.mean, None if value.std is None else 100 * value.std
+            y, spread = unit * value.mean, None if value.std is None else unit * value.std
             ax.errorbar(x, y, spread, fmt="o", markersize=8, color=colour(row.optimizer))
+            place = (0, -17 if i % 2 else 9)  # neighbours may be close
             ax.annotate(
-                row.optimizer, (x, y), (0, 9), textcoords="offset points", ha="center", fontsize=9
+                row.optimizer, (x, y), place, textcoords="offset points", ha="center", fontsize=9
             )
         ax.margins(0.18)
-        ax.set(title=model, xlabel="optimizer state, bytes a parameter", ylabel=label)
-    sentence = "Up and to the left is better: the same score with less memory."
+        ax.set(title=model, xlabel="optimizer state, bytes a parameter", ylabel=column.label)
+    better = "Up" if column.unit == "percent" else "Down"
+    sentence = f"{better} and to the left is better: the same result with less memory."
     title = f"Score against optimizer state: {_short(table)}"
     return save(drawing, figures_dir, f"score_{table.file_stem}", title, sentence)
 

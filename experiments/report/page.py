@@ -106,7 +106,7 @@ def _curves_of(row: Row) -> dict[str, Any]:
 
 
 def _headlines(results_dir: Path, all_tables: Sequence[Table]) -> list[Headline]:
-    """The few numbers that a visitor takes away: state, step time, and each table's first score."""
+    """The few numbers that a visitor takes away: state, step time, and each table's score."""
     found = []
     for name, key in (("benchmark_memory", "state_bytes"), ("benchmark_step_cpu", "ratio")):
         path = results_dir / f"{name}.json"
@@ -140,22 +140,23 @@ def _headlines(results_dir: Path, all_tables: Sequence[Table]) -> list[Headline]
 
 
 def _headline_of(table: Table) -> list[Headline]:
-    """MicroAdam's first score beside Adam's, where both ran."""
-    score = next((i for i, column in enumerate(table.columns) if column.unit == "percent"), None)
+    """MicroAdam's score beside Adam's, where both ran."""
+    score = table.score_column
     if score is None or table.scale != tables.DEFAULT_SCALE:
         return []
-    percents = {}
+    unit = " %" if table.columns[score].unit == "percent" else ""
+    texts = {}
     for row in table.rows:
         value = row.values[score]
         if value is not None and row.model == table.rows[0].model:
-            percents[row.optimizer] = f"{100 * value.mean:.1f} %"
-    own = next((name for name in percents if name.startswith("MicroAdam")), None)
-    other = next((name for name in percents if name in ("Adam", "AdamW")), None)
+            texts[row.optimizer] = value.text + unit
+    own = next((name for name in texts if name.startswith("MicroAdam")), None)
+    other = next((name for name in texts if name in ("Adam", "AdamW")), None)
     if own is None or other is None:
         return []
     quantity = table.columns[score].label.removesuffix(" (%)")
     task = table.title.partition(":")[0]
-    return [Headline(percents[own], f"{task}, {quantity}", f"{other}: {percents[other]}")]
+    return [Headline(texts[own], f"{task}, {quantity}", f"{other}: {texts[other]}")]
 
 
 def _drawing(figure: Figure) -> Drawing:

@@ -86,6 +86,16 @@ class Table:
     def file_stem(self) -> str:
         return self.name if self.scale == DEFAULT_SCALE else f"{self.name}_{self.scale}"
 
+    @property
+    def score_column(self) -> int | None:
+        """The first percentage; below paper scale rather the held-out loss, where there is one: few
+        samples measure it well."""
+        labels = [column.label for column in self.columns]
+        if self.scale != "paper" and "held-out loss" in labels:
+            return labels.index("held-out loss")
+        units = [column.unit for column in self.columns]
+        return units.index("percent") if "percent" in units else None
+
     def head(self) -> list[str]:
         return ["model", "optimizer", *self._labels(), "learning rate", "seeds"]
 
