@@ -283,3 +283,10 @@ def test_only_what_was_not_evaluated_is_empty_in_the_committed_tables() -> None:
             if all(row.values[i] is None for row in table.rows)
         }
         assert empty == NOT_EVALUATED.get(table.name, set())
+
+
+def test_committed_records_do_not_say_where_data_and_results_lay() -> None:
+    for found in records.load(ROOT / "results"):
+        config = found.values["config"]
+        assert not {"results_dir", "root"} & {*config, *config["dataset"]}, found.file
+        assert "results_dir=" not in found.values["command"], found.file
