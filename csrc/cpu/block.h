@@ -50,14 +50,16 @@ struct Scratch {
         moments(s.block_size) {}
 
   Buffer<float> accumulator;   // (block_size,); the residual once the selected are taken out
-  Buffer<float> bucket_min;    // (num_buckets,)
-  Buffer<float> bucket_unit;   // (num_buckets,)
+  Buffer<float> bucket_min;    // (num_buckets,) of the old error feedback, then of the new
+  Buffer<float> bucket_unit;   // (num_buckets,) of the old, then the reciprocal of the new
   Buffer<int32_t> candidates;  // the elements that reach the threshold, ascending
   Buffer<int32_t> magnitudes;  // theirs, as bits: ordered as the floats are
   Buffer<float> weights1;      // (window_size, k) beta1^age of every window entry
   Buffer<float> weights2;      // (window_size, k) beta2^age
-  Buffer<float> terms;         // (window_size, k, 2) what an entry adds to its coordinate's moments
-  Buffer<Moments> moments;     // (block_size,), all 0 between blocks
+  // (window_size, k, 2) what an entry adds to its coordinate's moments, then (window_size, k) what
+  // it takes from the parameter
+  Buffer<float> terms;
+  Buffer<Moments> moments;  // (block_size,), all 0 between blocks
 };
 
 struct Block {
