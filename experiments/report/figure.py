@@ -35,11 +35,12 @@ STYLE: dict[Any, Any] = {  # matplotlib's type for it lists every key
     "axes.spines.top": False,
     "axes.titleweight": "bold",
     "figure.constrained_layout.use": True,
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
     "font.size": 10,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",  # text that can be searched, in half the bytes
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,

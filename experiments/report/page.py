@@ -168,10 +168,11 @@ def _drawing(figure: Figure) -> Drawing:
     if len(text) > _MAX_INLINE_SVG_CHARS:
         encoded = base64.b64encode(by_suffix[".png"].read_bytes()).decode()
         return Drawing(Markup(f'<img alt="" src="data:image/png;base64,{encoded}">'), is_broad)
-    # Its style would hold for the whole page; its size is the page's affair.
+    # Its style would hold for the whole page; its size and its letters are the page's affair.
     text = re.sub(r"<(metadata|style).*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text)
+    text = re.sub(r"font-family: [^;]*; ", "", text)
     for drawn, own in ((INK, "var(--ink)"), (GRID, "var(--line)"), ("#ffffff", "var(--card)")):
         text = text.replace(drawn, own)
     return Drawing(Markup(text), is_broad)
