@@ -16,7 +16,7 @@ help:  ## print this
 	@echo
 	@echo "  SCALE=mini|paper|smoke HARDWARE=auto|cpu|a100_80gb|...   for table1 to table4, with"
 	@echo "  DRY=1        only plan: runs that exist and are missing, their time and memory"
-	@echo "  FRESH=1      run everything again"
+	@echo "  FRESH=1      run everything again (interrupted, it says how to go on)"
 	@echo "  LAUNCHER=... of Hydra, such as submitit_slurm: runs side by side"
 	@echo "  ARGS=...   arguments added to what demo, test runs, e.g. make test ARGS='-k layout -x'"
 	@echo "  PYTHON=... interpreter setup makes the environment with (3.10 to 3.13; default: what it finds)"
@@ -34,7 +34,7 @@ table3: setup  ## Open-Platypus, likewise
 table4: setup  ## ImageNet, at mini scale CIFAR-10, likewise
 table1 table2 table3 table4:
 	$(BIN)/python -m scripts.table $@ --scale $(SCALE) --hardware $(HARDWARE) \
-	  $(if $(LAUNCHER),--launcher $(LAUNCHER)) $(if $(DRY),--dry) $(if $(FRESH),--fresh)
+	  $(if $(LAUNCHER),--launcher $(LAUNCHER)) $(if $(DRY),--dry) $(if $(FRESH),--fresh $(filter-out 1,$(FRESH)))
 
 memory-table: setup  ## memory of the paper's models with every optimizer: planned, and measured where a GPU did
 	$(BIN)/python -m scripts.memory_plan

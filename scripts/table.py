@@ -4,7 +4,8 @@
     python -m scripts.table table1 --dry                                 only what would run
     python -m scripts.table table1 --scale paper --hardware a100_80gb --launcher submitit_slurm
 
-It can be stopped at any time; the same command goes on. A table is a file in configs/table/:
+It can be stopped at any time; the same command goes on (after --fresh, with the moment that is
+printed). A table is a file in configs/table/:
 
     optimizers, models    a row for each pair: its label, and run.py's overrides
     columns               metrics of a record (several: the mean of those present) and their unit
@@ -36,6 +37,7 @@ from run import compose
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("results")
 _INTERRUPTED = 130  # run.py's exit code after Ctrl-C
+_QUEUES = {"submitit_slurm"}  # launchers that only hand jobs over: they get all rows at once
 
 
 @dataclass(frozen=True)
@@ -113,22 +115,18 @@ def _planned_peak_bytes(cell: Cell) -> int:
     return make(compose(*cell.overrides)).peak_bytes
 
 
-def do_missing(
-    cells: list[Cell], options: argparse.Namespace, since: str
-) -> tuple[list[State], list[str]]:
-    """Does what is missing, and says what failed.
-
-    Args:
-        since: records that finished before are as if they were not there.
-    """
+def do_missing(cells: list[Cell], options: argparse.Namespace) -> tuple[list[State], list[str]]:
+    """Does what is missing, and says what failed."""
     attempted: set[str] = set()
     while True:
         found = records.load(options.results_dir)
-        states = states_of(cells, found, since)
+        states = states_of(cells, found, options.fresh)
         missing = [run for state in states for run in state.missing]
         todo = [run for run in missing if str(run) not in attempted]
         if not todo:
             return states, [str(run) for run in missing]
+        if options.launcher not in {None, *_QUEUES}:
+            todo = [run for run in todo if run.cell is todo[0].cell]
         if options.launcher is None:
             num_later = sum(state.num_later for state in states)
             num_runs = len(attempted) + len(todo) + num_later
@@ -141,9 +139,13 @@ def do_missing(
         attempted |= {str(run) for run in todo}
 
 
-def states_of(cells: list[Cell], found: list[Record], since: str) -> list[State]:
-    """How far the cells are, without the records of runs that finished before ``since``."""
-    counted = [record for record in found if record.values["finished_at"] >= since]
+def states_of(cells: list[Cell], found: list[Record], since: datetime | None) -> list[State]:
+    """How far the cells are; without the records of runs that finished before ``since``."""
+    counted = [
+        record
+        for record in found
+        if since is None or datetime.fromisoformat(record.values["finished_at"]) >= since
+    ]
     return [planning.state_of(cell, counted) for cell in cells]
 
 
@@ -189,6 +191,10 @@ def _start_and_wait(commands: list[list[str]]) -> None:
         raise KeyboardInterrupt
 
 
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text).astimezone(timezone.utc)  # without an offset: local time
+
+
 def arguments(given: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.table",
@@ -201,16 +207,19 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--hardware", default="auto", help="a file of configs/hardware")
     parser.add_argument("--launcher", help="of Hydra, such as joblib or submitit_slurm")
     parser.add_argument("--dry", action="store_true", help="only plan")
-    parser.add_argument("--fresh", action="store_true", help="run everything again")
+    parser.add_argument(
+        "--fresh",
+        nargs="?",
+        type=_moment,
+        const=datetime.now(timezone.utc).replace(microsecond=0),
+        metavar="SINCE",
+        help="run everything again, or all that has not run since 2026-05-31T14:00, say",
+    )
     parser.add_argument("--results-dir", type=Path, default=RESULTS)
     return parser.parse_args(given)
 
 
-def main() -> None:
-    options = arguments(sys.argv[1:])
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    since = started if options.fresh else ""
-
+def make_table(options: argparse.Namespace) -> None:
     definition = read(options.table)
     require_choice("SCALE", options.scale, *definition.scales)
     of_scale = definition.scales[options.scale]
@@ -218,10 +227,10 @@ def main() -> None:
     cells = definition.cells(options.scale, options.hardware)
     found = records.load(options.results_dir)
     print(f"{title} ({options.scale} scale)")
-    print_plan(states_of(cells, found, since), found)
+    print_plan(states_of(cells, found, options.fresh), found)
     if options.dry:
         return
-    states, failed = do_missing(cells, options, since)
+    states, failed = do_missing(cells, options)
     if all(not state.tried for state in states):
         raise ExperimentError(f"{options.table}: no run has a record, so no table was written")
     notes = [*definition.notes, *of_scale.notes]
@@ -234,12 +243,20 @@ def main() -> None:
         raise ExperimentError("without a record, see above: " + "; ".join(failed))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    options = arguments(sys.argv[1:])
     try:
-        main()
+        make_table(options)
     except ExperimentError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        how = "the same command goes on"
+        if options.fresh is not None:
+            how = f"with FRESH={options.fresh.isoformat()} it goes on"
+        print(f"\ninterrupted; {how}", file=sys.stderr)
         sys.exit(_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

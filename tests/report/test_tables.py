@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -175,39 +176,63 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     return started
 
 
-def make_table(monkeypatch: pytest.MonkeyPatch, results_dir: Path, *arguments: str) -> None:
+def make_table(results_dir: Path, *arguments: str) -> None:
     own = ["table1", "--scale", "smoke", "--results-dir", str(results_dir), *arguments]
-    monkeypatch.setattr(sys, "argv", ["table", *own])
-    script.main()
+    script.make_table(script.arguments(own))
 
 
 def test_missing_runs_are_done_once_and_a_deleted_record_is_the_only_one_done_again(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    ran: list[list[str]],
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, ran: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_table(monkeypatch, tmp_path)
+    make_table(tmp_path)
     optimizers = [overrides[4] for overrides in ran]
     names = ["microadam", "adamw", "adam8bit", "came", "galore"]
     assert optimizers == [f"optimizer={name}" for name in names]
     first = (tmp_path / "table1_smoke.md").read_text()
     ran.clear()
-    make_table(monkeypatch, tmp_path)
+    make_table(tmp_path)
     assert ran == []
     assert "all exist" in capsys.readouterr().out
     assert (tmp_path / "table1_smoke.md").read_text() == first
     next((tmp_path / "records").glob("*-came-*.json")).unlink()
-    make_table(monkeypatch, tmp_path, "--dry")
+    make_table(tmp_path, "--dry")
     assert ran == []
     assert "1 missing: about 2.0 min" in capsys.readouterr().out
-    make_table(monkeypatch, tmp_path)
+    make_table(tmp_path)
     assert [overrides[4] for overrides in ran] == ["optimizer=came"]
     assert (tmp_path / "table1_smoke.md").read_text() == first
     ran.clear()
-    make_table(monkeypatch, tmp_path, "--fresh")
+    make_table(tmp_path, "--fresh")
     assert len(ran) == 5
     assert all("force=true" in overrides for overrides in ran)
+
+
+def test_an_interrupted_fresh_table_says_how_it_goes_on_and_then_does_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    ran: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_table(tmp_path)
+    ran.clear()
+    finish = script._start_and_wait
+
+    def interrupted_by_the_third(commands: list[list[str]]) -> None:
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        finish(commands)
+
+    monkeypatch.setattr(script, "_start_and_wait", interrupted_by_the_third)
+    own = ["table1", "--scale", "smoke", "--results-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["table", *own, "--fresh"])
+    with pytest.raises(SystemExit, match="130"):
+        script.main()
+    (since,) = re.findall(r"with FRESH=(\S+) it goes on", capsys.readouterr().err)
+    monkeypatch.setattr(script, "_start_and_wait", finish)
+    make_table(tmp_path, "--fresh", since)
+    optimizers = [part for overrides in ran for part in overrides if part.startswith("optimizer=")]
+    names = ["microadam", "adamw", "adam8bit", "came", "galore"]
+    assert optimizers == [f"optimizer={name}" for name in names]
 
 
 def test_a_failed_run_leaves_its_cells_empty_and_is_named(
@@ -220,7 +245,7 @@ def test_a_failed_run_leaves_its_cells_empty_and_is_named(
 
     monkeypatch.setattr(script, "_start_and_wait", fail_for_came)
     with pytest.raises(ExperimentError, match=r"without a record.*CAME on tiny BERT"):
-        make_table(monkeypatch, tmp_path)
+        make_table(tmp_path)
     assert "| tiny BERT | CAME |  |" in (tmp_path / "table1_smoke.md").read_text()
 
 
@@ -229,7 +254,7 @@ def test_where_nothing_ran_no_table_is_written(
 ) -> None:
     monkeypatch.setattr(script, "_start_and_wait", lambda _: None)
     with pytest.raises(ExperimentError, match="no run has a record, so no table was written"):
-        make_table(monkeypatch, tmp_path)
+        make_table(tmp_path)
     assert not list(tmp_path.glob("table*"))
 
 
@@ -240,6 +265,28 @@ def test_a_launcher_gets_the_runs_of_a_row_as_one_sweep(tmp_path: Path) -> None:
     (command,) = script._commands(runs, options)
     assert command[1:4] == ["run.py", "--multirun", "hydra/launcher=joblib"]
     assert command[4:] == ["task=mnli", "optimizer.lr=0.0001,0.001", "seed=42"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "num_at_once"), [(None, [1] * 5), ("joblib", [1] * 5), ("submitit_slurm", [5])]
+)
+def test_rows_start_together_only_where_the_launcher_queues_them(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    ran: list[list[str]],
+    launcher: str | None,
+    num_at_once: list[int],
+) -> None:
+    finish, started = script._start_and_wait, []
+
+    def counted(commands: list[list[str]]) -> None:
+        started.append(len(commands))
+        finish([[part for part in command if "launcher" not in part] for command in commands])
+
+    monkeypatch.setattr(script, "_start_and_wait", counted)
+    make_table(tmp_path, *([] if launcher is None else ["--launcher", launcher]))
+    assert started == num_at_once
+    assert len(ran) == 5
 
 
 @pytest.mark.parametrize("name", ["table1", "table2", "table3", "table4"])
