@@ -22,13 +22,21 @@ import torch
 from torch.optim import Optimizer
 
 from benchmarks import report
-from benchmarks.models import LARGE_MODELS, MODELS, Shapes, num_parameters
+from benchmarks.models import (
+    LARGE_MODELS,
+    MODELS,
+    ROWS_WITH_GRADIENT,
+    SPARSE_MODELS,
+    Shapes,
+    num_parameters,
+)
 from benchmarks.optimizers import BASELINE, Factory, available, make_parameters, missing
 from microadam import BlockLayout
 
 NUM_WARM_UP = 12  # fills MicroAdam's window
-NUM_GRADIENTS = 2  # steps see them in turn
+NUM_GRADIENTS = 4  # steps see them in turn
 MAX_ROUND_S = 20.0  # a slower optimizer gets fewer rounds
+ALL_MODELS = MODELS | LARGE_MODELS | {new: MODELS[of] for new, of in SPARSE_MODELS.items()}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -54,6 +62,21 @@ class Contestant:
         for p, grad in zip(self.params, grads, strict=True):
             p.grad = grad
         return timed(self.optimizer.step, self.device)
+
+
+def make_gradients(model: str, dtype: torch.dtype, device: str, seed: int) -> list[torch.Tensor]:
+    """Normally distributed; in tables of embeddings, rows are the rarer the higher their number."""
+    shapes = ALL_MODELS[model]
+    grads = [p.detach() for p in make_parameters(shapes, dtype, device, seed)]
+    generator = torch.Generator().manual_seed(seed)
+    for grad, shape in zip(grads, shapes, strict=True):
+        if model in SPARSE_MODELS and shape in ROWS_WITH_GRADIENT:
+            frequencies = 1 / torch.arange(1.0, shape[0] + 1)
+            rows = torch.multinomial(frequencies, ROWS_WITH_GRADIENT[shape], generator=generator)
+            is_zero = torch.ones(shape[0], dtype=torch.bool)
+            is_zero[rows] = False
+            grad[is_zero.to(device)] = 0
+    return grads
 
 
 def compare(
@@ -117,7 +140,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--models", nargs="+", choices=[*MODELS, *LARGE_MODELS], default=list(MODELS)
+        "--models", nargs="+", choices=ALL_MODELS, default=[*MODELS, *SPARSE_MODELS]
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--optimizers", nargs="+", choices=available(), default=list(available()))
@@ -130,9 +153,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for model in args.models:
         for dtype_name in args.dtypes:
-            shapes, dtype = (MODELS | LARGE_MODELS)[model], DTYPES[dtype_name]
+            shapes, dtype = ALL_MODELS[model], DTYPES[dtype_name]
             grads = [
-                [p.detach() for p in make_parameters(shapes, dtype, args.device, seed=seed)]
+                make_gradients(model, dtype, args.device, seed)
                 # Of a large model, a GPU has no room for two sets of gradients.
                 for seed in range(1, 1 + (1 if model == "llama2-7b" else NUM_GRADIENTS))
             ]
@@ -141,7 +164,8 @@ def main() -> None:
                 if name == BASELINE:
                     continue
                 other = Contestant(available()[name], shapes, dtype, args.device)
-                row: dict[str, Any] = {"model": model, "dtype": dtype_name, "optimizer": name}
+                row: dict[str, Any] = {"model": model, "shapes": SPARSE_MODELS.get(model, model)}
+                row |= {"dtype": dtype_name, "optimizer": name}
                 row |= compare(baseline, other, grads, args.rounds)
                 num_bytes = bytes_moved(name, shapes, dtype)
                 if num_bytes is not None:
@@ -154,7 +178,7 @@ def main() -> None:
     headers += ["bytes a parameter", "of copy bandwidth", "quiet rounds"]
     lines = []
     for row in rows:
-        numel = num_parameters((MODELS | LARGE_MODELS)[row["model"]])
+        numel = num_parameters(ALL_MODELS[row["model"]])
         counted = "bytes_moved" in row
         lines.append(
             [

@@ -65,6 +65,7 @@ std::vector<Parameter> gather_parameters(
   STD_TORCH_CHECK(density > 0 && density <= 1, "density must be greater than 0 and at most 1");
   STD_TORCH_CHECK(window_indices[0].dim() == 3, "window_indices must have 3 dimensions");
   const int64_t window_size = window_indices[0].size(1);
+  STD_TORCH_CHECK(window_size > 0, "window_indices must have at least one slot");
 
   std::vector<Parameter> parameters;
   parameters.reserve(count);

@@ -19,6 +19,17 @@ void accumulate_bucket(const Grad* grad, const uint8_t* codes, float minimum, fl
 // A bit for each of at most 64 values: whether its magnitude reaches the threshold, or is NaN.
 inline uint64_t marks_of(const float* values, int length, float threshold) {
   uint64_t marks = 0;
+#if defined(__AVX2__)
+  if (length == 64) {
+    const __m256 limit = _mm256_set1_ps(threshold);
+    for (int half = 0; half < 2; ++half) {
+      __m256i masks[4];
+      for (int i = 0; i < 4; ++i) masks[i] = reaches(load(values + 32 * half + 8 * i), limit);
+      marks |= uint64_t{bits_of_masks(masks)} << (32 * half);
+    }
+    return marks;
+  }
+#endif
   for (int i = 0; i < length; ++i) marks |= uint64_t{!(fabsf(values[i]) < threshold)} << i;
   return marks;
 }
@@ -57,8 +68,6 @@ int accumulate_avx2(const Grad* grad, const uint8_t* codes, int num_buckets, flo
                     float threshold, Scratch& scratch, Prefetcher& prefetcher) {
   constexpr int kHalf = kVectorBucket / 2;
   const __m256 scale = _mm256_set1_ps(inv_scale), limit = _mm256_set1_ps(threshold);
-  const __m256 magnitude_mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   const float *bucket_min = scratch.bucket_min, *bucket_unit = scratch.bucket_unit;
   float* accumulator = scratch.accumulator;
   int32_t* candidates = scratch.candidates;
@@ -72,15 +81,7 @@ int accumulate_avx2(const Grad* grad, const uint8_t* codes, int num_buckets, flo
       if constexpr (kIsScaled) value = _mm256_mul_ps(value, scale);
       value = _mm256_add_ps(value, feedback);
       _mm256_store_ps(accumulator + i, value);
-      const __m256 magnitude = _mm256_and_ps(value, magnitude_mask);
-      // Not less, so that NaN is marked.
-      return _mm256_castps_si256(_mm256_cmp_ps(magnitude, limit, _CMP_NLT_UQ));
-    };
-    const auto marks_of_half = [&](const __m256i(&is_above)[4]) {
-      const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(is_above[0], is_above[1]),
-                                               _mm256_packs_epi32(is_above[2], is_above[3]));
-      const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, order);
-      return static_cast<uint32_t>(_mm256_movemask_epi8(ordered));
+      return reaches(value, limit);
     };
     __m256i first_half[4], second_half[4];
 #pragma GCC unroll 4
@@ -90,7 +91,7 @@ int accumulate_avx2(const Grad* grad, const uint8_t* codes, int num_buckets, flo
       first_half[i] = accumulate(8 * i, _mm256_and_si256(pairs, _mm256_set1_epi32(15)));
       second_half[i] = accumulate(8 * i + kHalf, _mm256_srli_epi32(pairs, 4));
     }
-    const uint64_t marks = marks_of_half(first_half) | uint64_t{marks_of_half(second_half)}
+    const uint64_t marks = bits_of_masks(first_half) | uint64_t{bits_of_masks(second_half)}
                                                            << kHalf;
     count = append_marked(marks, b * kVectorBucket, candidates, count);
     prefetcher.advance();
@@ -101,7 +102,7 @@ int accumulate_avx2(const Grad* grad, const uint8_t* codes, int num_buckets, flo
 #endif
 
 // Fills scratch.accumulator, and scratch.candidates with the elements that reach the block's
-// threshold, ascending; returns how many.
+// threshold, ascending; returns how many. Where there is no threshold, which 0 says, few reach it.
 template <class Grad, class Prefetcher>
 int accumulate(const Settings& s, const Block& block, Scratch& scratch, Prefetcher& prefetcher) {
   const Grad* grad = static_cast<const Grad*>(block.grad);
@@ -113,13 +114,14 @@ int accumulate(const Settings& s, const Block& block, Scratch& scratch, Prefetch
     scratch.bucket_unit[b] = quantization_unit(low, to_float(block.error_max[b]));
   }
 
+  const float threshold = *block.threshold > 0.0f ? *block.threshold : INFINITY;
   int b = 0, count = 0;
 #if defined(__AVX2__)
   if (size == kVectorBucket) {
     b = block.length / size;
     const auto whole_buckets = s.inv_scale == 1.0f ? accumulate_avx2<false, Grad, Prefetcher>
                                                    : accumulate_avx2<true, Grad, Prefetcher>;
-    count = whole_buckets(grad, block.error, b, s.inv_scale, *block.threshold, scratch, prefetcher);
+    count = whole_buckets(grad, block.error, b, s.inv_scale, threshold, scratch, prefetcher);
   }
 #endif
   const int first_left = b * size;
@@ -129,7 +131,7 @@ int accumulate(const Settings& s, const Block& block, Scratch& scratch, Prefetch
                       std::min(size, block.length - i), half, s.inv_scale, scratch.accumulator + i);
     prefetcher.advance();
   }
-  return append_candidates(first_left, block.length, *block.threshold, scratch, count);
+  return append_candidates(first_left, block.length, threshold, scratch, count);
 }
 
 }  // namespace

@@ -13,6 +13,14 @@
 namespace microadam::cpu {
 namespace {
 
+// Whether the gradient is probably 0 in whole rows, as an embedding's. Three elements tell.
+template <class Grad>
+bool is_sparse(const Block& block) {
+  const Grad* grad = static_cast<const Grad*>(block.grad);
+  return to_float(grad[0]) == 0.0f || to_float(grad[block.length / 2]) == 0.0f ||
+         to_float(grad[block.length - 1]) == 0.0f;
+}
+
 // Returns whether the block was stepped: not if its accumulator holds a NaN or an infinity.
 template <class Param, class Grad>
 bool step_block(const Settings& s, const Stepped& p, const Block& block, const Block& next,
@@ -21,7 +29,7 @@ bool step_block(const Settings& s, const Stepped& p, const Block& block, const B
   const int num_candidates = accumulate<Grad>(s, block, scratch, prefetcher);
   int16_t* selected = block.window_indices + block.newest_slot * block.slot_stride;
   BFloat16* selected_values = block.window_values + block.newest_slot * block.slot_stride;
-  if (!select_top_k(block, num_candidates, scratch, selected)) return false;
+  if (!select_top_k(block, num_candidates, is_sparse<Grad>(block), scratch, selected)) return false;
   for (int i = 0; i < block.k; ++i) {
     float& value = scratch.accumulator[selected[i]];
     selected_values[i] = round_to<BFloat16>(value);

@@ -9,22 +9,49 @@ namespace {
 
 typedef int32_t EightInts __attribute__((vector_size(32)));
 
-// A threshold that about `rank` magnitudes reach, and never fewer, from a histogram of the floats'
-// exponents and first three bits.
-inline float histogram_threshold(const float* accumulator, int length, int rank) {
-  constexpr int kShift = 20, kNumBins = 0x80000000u >> kShift;
-  int32_t bins[kNumBins] = {};
-  for (int i = 0; i < length; ++i) ++bins[magnitude_bits(accumulator[i]) >> kShift];
-  int bin = kNumBins - 1;
-  for (int count = bins[bin]; count < rank; count += bins[bin]) --bin;
-  return float_of(static_cast<uint32_t>(bin) << kShift);
+constexpr int kFewCandidates = 128;
+
+// The magnitudes, as bits, of the largest of every eight elements: each of 64 elements' columns of
+// eight is one value. Those left over stand for themselves. Returns how many values there are.
+inline int find_group_maxima(const float* accumulator, int length, int32_t* maxima) {
+  int count = 0, i = 0;
+  for (; i + 64 <= length; i += 64, count += 8) {
+    EightInts rows[8], largest = {};
+    memcpy(rows, accumulator + i, sizeof(rows));
+    for (const EightInts& row : rows) {
+      const EightInts magnitudes = row & INT32_MAX;
+      largest = magnitudes > largest ? magnitudes : largest;
+    }
+    memcpy(maxima + count, &largest, sizeof(largest));
+  }
+  for (; i < length; ++i) maxima[count++] = static_cast<int32_t>(magnitude_bits(accumulator[i]));
+  return count;
 }
 
-// The magnitudes of rank k and of rank num_wanted (or the last one, if there are fewer): each is
-// the smallest of those that fewer than so many others exceed. The array has room for a multiple
-// of 32.
-inline void find_ranks(int32_t* magnitudes, int count, int k, int num_wanted, int32_t* kth,
-                       int32_t* wanted) {
+inline int count_reaching(const int32_t* values, int count, int32_t bound) {
+  int num_reaching = 0;
+  for (int i = 0; i < count; ++i) num_reaching += values[i] >= bound;
+  return num_reaching;
+}
+
+// The largest bound that at least `rank` of the values reach, which is the value of that rank, or
+// one below it that at most `slack` more values reach. They are at least 0 and at most `largest`.
+inline int32_t find_bound(const int32_t* values, int count, int rank, int slack, int32_t largest) {
+  int32_t low = 0, high = largest + 1;  // enough values reach `low`, too few reach `high`
+  while (high - low > 1) {
+    const int32_t middle = low + (high - low) / 2;
+    const int num_reaching = count_reaching(values, count, middle);
+    (num_reaching >= rank ? low : high) = middle;
+    if (num_reaching >= rank && num_reaching <= rank + slack) break;
+  }
+  return low;
+}
+
+// The magnitudes of rank k and of rank num_wanted (or the last one, if there are fewer), of few:
+// each is the smallest of those that fewer than so many others exceed. The array has room for a
+// multiple of 32.
+inline void rank_few(int32_t* magnitudes, int count, int k, int num_wanted, int32_t* kth,
+                     int32_t* wanted) {
   const EightInts largest = EightInts{} + INT32_MAX;
   for (int i = count; i % 32 != 0; ++i) magnitudes[i] = INT32_MAX;
   EightInts kth_lanes = largest, wanted_lanes = largest;
@@ -51,34 +78,55 @@ inline void find_ranks(int32_t* magnitudes, int count, int k, int num_wanted, in
 // Writes the indices of the k largest magnitudes, ascending, and guesses the next step's threshold.
 // `count` elements reached this one's. Returns false, and writes nothing, where a magnitude is too
 // large or NaN.
-inline bool select_top_k(const Block& block, int count, Scratch& scratch, int16_t* selected) {
+inline bool select_top_k(const Block& block, int count, bool is_sparse, Scratch& scratch,
+                         int16_t* selected) {
+  const int32_t too_large = static_cast<int32_t>(bits_of(kMaxMagnitude));
   const int k = block.k;
-  // More candidates than needed make the next step's guess safe, too many make it slow.
-  const int num_wanted = std::min(block.length, k + 3 * static_cast<int>(sqrtf(float(k))) + 1);
+  // More candidates than needed make the next step's guess safe, too many make it slow. Where the
+  // gradient is 0, the next step chooses among what this one leaves over.
+  const int num_spare = 3 * static_cast<int>(sqrtf(float(k))) + 1;
+  const int num_wanted = std::min(block.length, (is_sparse ? 2 * k : k) + num_spare);
   const float* accumulator = scratch.accumulator;
-  if (count < k || count > 4 * num_wanted) {
-    uint32_t largest = 0;
-    for (int i = 0; i < block.length; ++i) {
-      largest = std::max(largest, magnitude_bits(accumulator[i]));
+  int32_t largest = 0;
+  if (count < k || count > 2 * num_wanted) {
+    // So many groups have a candidate, and most of them have one only.
+    int32_t* maxima = scratch.magnitudes;
+    int num_maxima = find_group_maxima(accumulator, block.length, maxima);
+    if (num_maxima < 2 * k) {
+      for (num_maxima = 0; num_maxima < block.length; ++num_maxima) {
+        maxima[num_maxima] = static_cast<int32_t>(magnitude_bits(accumulator[num_maxima]));
+      }
     }
-    if (largest == 0) {  // as for the rows of an embedding that no token used
-      for (int i = 0; i < k; ++i) selected[i] = static_cast<int16_t>(i);
+    for (int i = 0; i < num_maxima; ++i) largest = std::max(largest, maxima[i]);
+    if (largest >= too_large) return false;
+    const int32_t bound = find_bound(maxima, num_maxima, k, k / 4, largest);
+    const float edge = float_of(std::max(bound, 1));
+    count = largest == 0 ? 0 : append_candidates(0, block.length, edge, scratch, 0);
+    if (count <
+        k) {  // the first zeros join them, as in the rows of an embedding that no token used
+      for (int i = 0, num_zeros = k - count, num_selected = 0; num_selected < k; ++i) {
+        selected[num_selected] = static_cast<int16_t>(i);
+        num_selected += accumulator[i] != 0.0f || num_zeros-- > 0;
+      }
+      *block.threshold = 0.0f;
       return true;
     }
-    const float edge = histogram_threshold(accumulator, block.length, num_wanted);
-    count = append_candidates(0, block.length, edge, scratch, 0);
   }
   for (int i = 0; i < count; ++i) {
     scratch.magnitudes[i] =
         static_cast<int32_t>(magnitude_bits(accumulator[scratch.candidates[i]]));
   }
-  int32_t largest = 0;
   for (int i = 0; i < count; ++i) largest = std::max(largest, scratch.magnitudes[i]);
-  if (largest >= static_cast<int32_t>(bits_of(kMaxMagnitude))) return false;
+  if (largest >= too_large) return false;
 
   const int32_t* magnitudes = scratch.magnitudes;
   int32_t kth, wanted;
-  find_ranks(scratch.magnitudes, count, k, num_wanted, &kth, &wanted);
+  if (count <= kFewCandidates) {
+    rank_few(scratch.magnitudes, count, k, num_wanted, &kth, &wanted);
+  } else {
+    kth = find_bound(magnitudes, count, k, 0, largest);
+    wanted = find_bound(magnitudes, count, std::min(count, num_wanted), 0, largest);
+  }
   float threshold = float_of(wanted);
   if (count < num_wanted) {
     // Continue the line from the k-th magnitude to the smallest candidate.

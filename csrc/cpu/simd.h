@@ -34,6 +34,20 @@ inline __m256 load(const BFloat16* p) {
   return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, order));
 }
 
+// A bit for each of 32 masks.
+inline uint32_t bits_of_masks(const __m256i (&masks)[4]) {
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(masks[0], masks[1]),
+                                           _mm256_packs_epi32(masks[2], masks[3]));
+  return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permutevar8x32_epi32(bytes, order)));
+}
+
+// A mask of the magnitudes that are not below the limit: NaN is marked.
+inline __m256i reaches(__m256 value, __m256 limit) {
+  const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), value);
+  return _mm256_castps_si256(_mm256_cmp_ps(magnitude, limit, _CMP_NLT_UQ));
+}
+
 // As round_to<BFloat16>, but for NaN: the bits of the nearest bfloat16, and zeros below them.
 inline __m256i bfloat16_bits(__m256 value) {
   const __m256i bits = _mm256_castps_si256(value);

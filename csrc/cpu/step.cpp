@@ -38,7 +38,9 @@ const char* cpu_kernel() {
   // torch's own variable for its own kernels: `default` is plain C++.
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
   const bool is_allowed = wanted == nullptr || std::string_view(wanted) != "default";
-  if (is_allowed && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return "AVX2";
+  const bool is_able = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+                       __builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt");
+  if (is_allowed && is_able) return "AVX2";
 #endif
   return "plain C++";
 }

@@ -59,9 +59,9 @@ void sum_window(const Block& block, Scratch& scratch, Prefetcher& prefetcher) {
 MICROADAM_INLINE __m256 take_eight_updates(Moments* moments, const int16_t* indices,
                                            const UpdateFactors& f) {
   const auto take = [&](int i) {
-    double* both = reinterpret_cast<double*>(moments + indices[i]);
-    const __m128 taken = _mm_castpd_ps(_mm_load_sd(both));
-    _mm_store_sd(both, _mm_setzero_pd());
+    __m64* both = reinterpret_cast<__m64*>(moments + indices[i]);  // may alias, as double may not
+    const __m128 taken = _mm_loadl_pi(_mm_setzero_ps(), both);
+    _mm_storel_pi(both, _mm_setzero_ps());
     return taken;
   };
   const auto take_pair = [&](int i) {

@@ -223,9 +223,10 @@ def _step_time(results_dir: Path, figures_dir: Path) -> Figure | None:
     for ax, dtype in zip(axes, dtypes, strict=True):
         for model, marker in zip(models, "osD^v", strict=False):
             rows = [r for r in step["rows"] if (r["model"], r["dtype"]) == (model, dtype)]
-            points = [(state[model, dtype, _BASELINE], 1.0, _BASELINE)]
+            points = [(state[rows[0]["shapes"], dtype, _BASELINE], 1.0, _BASELINE)]
             points += [
-                (state[model, dtype, r["optimizer"]], r["ratio"], r["optimizer"]) for r in rows
+                (state[r["shapes"], dtype, r["optimizer"]], r["ratio"], r["optimizer"])
+                for r in rows
             ]
             for x, y, optimizer in points:
                 shade = colour(optimizer.removeprefix("bitsandbytes "))

@@ -73,6 +73,9 @@ KINDS = {
     "few levels": lambda g: g.round(),
     "zero": lambda g: g * 0.0,
     "sparse": lambda g: g * (g > 2),
+    "few elements": lambda g: g * (torch.arange(g.numel()) % 997 == 5),
+    "some rows": lambda g: g * (torch.arange(g.numel()) // 384 % 11 == 3),
+    "steep": lambda g: g * torch.exp(-torch.arange(g.numel()) / 20),
     "one NaN": lambda g: g.index_fill(0, torch.tensor([g.numel() // 2]), math.nan),
     "one infinity": lambda g: g.index_fill(0, torch.tensor([g.numel() - 1]), -math.inf),
     "too large": lambda g: g.index_fill(0, torch.tensor([0]), 2.0**120),
@@ -223,6 +226,15 @@ def test_native_code_refuses_memory_that_does_not_fit(
     """Called past the optimizer, the operator must not read or write beyond a tensor."""
     one_call.states[0][name] = damage(one_call.states[0][name])
     with pytest.raises(RuntimeError, match="must be a contiguous tensor"):
+        one_call.step([draw(5000, torch.float32, generator)])
+
+
+def test_native_code_refuses_a_window_without_slots(
+    one_call: Run, generator: torch.Generator
+) -> None:
+    for name in ("window_indices", "window_values"):
+        one_call.states[0][name] = one_call.states[0][name][:, :0]
+    with pytest.raises(RuntimeError, match="at least one slot"):
         one_call.step([draw(5000, torch.float32, generator)])
 
 

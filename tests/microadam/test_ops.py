@@ -96,6 +96,7 @@ def damage_state(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Run
     [
         (damage_state("window_indices", Tensor.int), r"window_indices\[1\] is a tensor of .*int32"),
         (damage_state("window_indices", lambda t: t[0]), r"window_indices\[1\] has shape"),
+        (damage_state("window_indices", lambda t: t[:, :0]), r"window_indices\[1\] has shape"),
         (damage_state("window_values", lambda t: t[:, :, :-1]), r"window_values\[1\]"),
         (damage_state("error", lambda t: t[:-1]), r"error\[1\] .* of shape"),
         (damage_state("error_min", Tensor.float), r"error_min\[1\]"),
