@@ -25,6 +25,7 @@ from pathlib import Path
 from setuptools import Distribution, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 LIBRARY = "_native.so"
@@ -120,9 +121,13 @@ def cuda_architecture_flags(nvcc: str) -> list[str]:
     result = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
     known = result.stdout.split()
     names = [name.replace(".", "") for name in wanted.split()]
-    names = [name for name in names if f"compute_{name}" in known]
-    if not names:
-        raise CannotBuildError(f"{nvcc} knows none of the architectures {wanted}")
+    unknown = [name for name in names if f"compute_{name}" not in known]
+    names = [name for name in names if name not in unknown]
+    if not names or (unknown and os.environ["MICROADAM_CUDA_ARCHITECTURES"] != "all"):
+        raise CannotBuildError(
+            f"{nvcc} does not know the architectures {' '.join(unknown)} "
+            f"of MICROADAM_CUDA_ARCHITECTURES={wanted!r}"
+        )
     flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     return [*flags, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
 
@@ -162,6 +167,8 @@ def build_native(objects: Path, target: Path) -> None:
     try:
         nvcc, cuda_outputs = build_cuda(objects, torch_flags, compiler)
     except CannotBuildError as error:
+        if os.environ.get("MICROADAM_CUDA_ARCHITECTURES"):  # what is asked for must not be missing
+            raise
         print(f"MicroAdam is built without its CUDA kernels: {error}", file=sys.stderr)
 
     flags = [*FLAGS, *((*SANITIZE_FLAGS, SANITIZERS) if sanitize else ()), *torch_flags]
@@ -196,6 +203,9 @@ class BuildNative(build_ext):
             build_native(Path(self.build_temp), target)
         except CannotBuildError as error:
             target.unlink(missing_ok=True)  # an older one would not fit these sources
+            if os.environ.get("MICROADAM_CUDA_ARCHITECTURES"):
+                message = f"MICROADAM_CUDA_ARCHITECTURES asks for CUDA kernels: {error}"
+                raise CompileError(message) from error
             print(
                 "WARNING: MicroAdam's native library was not built, so every step will run in "
                 f"plain torch, which is many times slower: {error}",

@@ -209,7 +209,7 @@ def template(
             for shard in saved_shards:
                 entries = entries.setdefault(shard.name, {})
             saved: Any = metadata.state_dict_metadata[key]
-            entries[entry] = torch.empty(saved.size, dtype=saved.properties.dtype)
+            entries[entry] = torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
     return wanted
 
 
@@ -296,7 +296,7 @@ def _dense_error(state: State, layout: BlockLayout) -> Tensor:
 
 
 def _dense_slot(state: State, layout: BlockLayout, slot: int) -> Tensor:
-    dense = torch.zeros(layout.numel, device=state["error"].device)
+    dense = torch.zeros(layout.numel, dtype=torch.float32, device=state["error"].device)
     for blocks, values, k in _segments(dense, layout):
         index = state["window_indices"][blocks, slot, :k].long()
         # Added: where a block skipped its first steps, index 0 stands k times, with value 0.

@@ -6,7 +6,6 @@ about one layer's. AdaLomo and LOMO (arXiv:2306.09782) call this a fused backwar
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection
 from functools import partial
 from typing import Any, NoReturn
@@ -16,11 +15,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from microadam.distributed import is_sharded
 from microadam.optimizer import MicroAdam
 
-_enabled: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_released = WeakTensorKeyDictionary()  # a set of the parameters that some handle releases
 
 
 def enable_gradient_release(
@@ -38,7 +38,8 @@ def enable_gradient_release(
     next backward pass uses. Between the two, what reads ``p.grad`` is told that it is gone.
 
     One backward pass is one step, so these are refused with an error, at the latest when they first
-    touch a gradient: accumulation over micro-batches (use a larger one with activation
+    touch a gradient (after a ``GradScaler``'s first backward pass, whose steps are wrong already):
+    accumulation over micro-batches (use a larger one with activation
     checkpointing), clipping by the global norm, ``GradScaler``, closures, DDP. FSDP2 is fine: it
     hands over each shard's gradient when it is summed over the processes. An error in the backward
     pass leaves the parameters before it stepped and the others not.
@@ -59,8 +60,9 @@ def enable_gradient_release(
     Raises:
         TypeError: the optimizer is not a `MicroAdam`.
         ValueError: a bound is not greater than 0, or the optimizer holds no parameter of the model.
-        RuntimeError: it is enabled already, a gradient is left from before, or a gradient would not
-            be complete yet: under DDP, in several processes without FSDP2, with CPU offloading.
+        RuntimeError: it is enabled for one of the parameters already, a gradient is left from
+            before, or a gradient would not be complete yet: under DDP, in several processes without
+            FSDP2, with CPU offloading.
 
     Example:
         >>> optimizer = MicroAdam(model.parameters(), lr=1e-4)
@@ -74,8 +76,6 @@ def enable_gradient_release(
         raise TypeError(
             f"optimizer is a {type(optimizer).__name__}; gradient release needs a MicroAdam"
         )
-    if optimizer in _enabled:
-        raise RuntimeError("gradient release is enabled for this optimizer already")
     for name, bound in (("clip_value", clip_value), ("max_param_grad_norm", max_param_grad_norm)):
         if bound is not None and not bound > 0:
             raise ValueError(f"{name}={bound}: must be greater than 0, or None")
@@ -126,6 +126,11 @@ class GradientRelease:
                 ordinal += 1
         if not places:
             raise ValueError("the optimizer holds no parameter of the model that needs a gradient")
+        if any(p in _released for p in places):
+            raise RuntimeError(
+                "gradient release is enabled for a parameter of the model already, and its hook "
+                "would step it too: call remove() of the handle from before"
+            )
         _require_complete_gradients(model, places)
         if any(p.grad is not None for p in places):
             raise RuntimeError(
@@ -140,14 +145,18 @@ class GradientRelease:
             for p, place in places.items()
         ]
         self._hooks.append(optimizer.register_step_pre_hook(self._end_step))
-        _enabled.add(optimizer)
+        self._params = list(places)
+        for p in places:
+            _released[p] = True
 
     def remove(self) -> None:
         """Ends it: from the next backward pass on gradients stay until ``optimizer.step()``."""
         for hook in self._hooks:
             hook.remove()
         self._forget_placeholders()
-        _enabled.discard(self._optimizer)
+        for p in self._params:
+            if p in _released:
+                del _released[p]
 
     def _release(self, group_index: int, ordinal: int, p: Tensor) -> None:
         if p.grad is None:  # a hook of the user's took it

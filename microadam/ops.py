@@ -98,7 +98,8 @@ def _plain_torch_step(*values: Any) -> None:
     # The dispatcher comes here as long as it knows no native kernel for the device.
     args = StepArguments(*values)
     device_type = args.num_skipped_blocks.device.type
-    if native_kernel(device_type):  # it does now: this line has loaded the library
+    was_loaded = why_not_native.cache_info().currsize > 0
+    if native_kernel(device_type) and not was_loaded:  # it knows one now
         torch.ops.microadam.step_(*args)
         return
     if os.environ.get(BACKEND_VARIABLE) == "native":

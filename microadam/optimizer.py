@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -13,13 +12,23 @@ from torch.optim import Optimizer
 
 from microadam import distributed, ops
 from microadam.distributed import Shard
-from microadam.layout import MAX_BLOCK_SIZE, BlockLayout
+from microadam.layout import BlockLayout
 from microadam.reference import StepArguments
+from microadam.validation import check_gradient, check_hyperparameters, check_state
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Below it eps could be 0 in float32, and a coordinate without a gradient would become 0 / 0.
-MIN_EPS = torch.finfo(torch.float32).tiny
+# What is no tensor and no pair, and the Python type that the step computes with.
+_NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "eps": float,
+    "weight_decay": float,
+    "alpha": float,
+    "density": float,
+    "window_size": int,
+    "bucket_size": int,
+    "block_size": int,
+    "seed": int,
+}
 
 
 class MicroAdam(Optimizer):
@@ -48,6 +57,9 @@ class MicroAdam(Optimizer):
         block_size: elements among which the largest are chosen; a multiple of ``bucket_size``.
         stochastic_rounding: round 16-bit parameters stochastically instead of to nearest.
         seed: seed of the stochastic rounding.
+        unscales: ``GradScaler`` leaves it to the step to divide by its scale and to heed
+            infinities, which saves a pass over the gradients and a wait for the GPU; as with
+            ``AdamW(fused=True)``, Lightning then refuses to clip.
 
     A block whose gradient holds a NaN or an Inf is left as it was for that step: parameters,
     window and error feedback. `num_skipped_blocks` counts them.
@@ -61,9 +73,6 @@ class MicroAdam(Optimizer):
         >>> loss_fn(model(x), y).backward()
         >>> optimizer.step()
     """
-
-    # GradScaler hands its scale and its finding of infs to `step` as attributes.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -80,6 +89,7 @@ class MicroAdam(Optimizer):
         block_size: int = 4096,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        unscales: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -97,6 +107,8 @@ class MicroAdam(Optimizer):
         self._num_skipped_blocks: dict[torch.device, Tensor] = {}
         self._caches: dict[Tensor, _Cache] = {}  # not saved
         super().__init__(params, defaults)
+        if unscales:  # GradScaler hands its scale and its finding to `step` as attributes
+            self._step_supports_amp_scaling = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -106,9 +118,12 @@ class MicroAdam(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, checked as in the constructor."""
-        _check_hyperparameters({**self.defaults, **param_group})
+        if isinstance(param_group, dict):  # the base class refuses others
+            check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        for name, kind in _NUMBERS.items():  # of NumPy, say, which compute otherwise
+            group[name] = kind(group[name])
         for index, p in enumerate(group["params"]):
             if p.dtype not in PARAM_DTYPES:
                 self.param_groups.pop()
@@ -161,24 +176,30 @@ class MicroAdam(Optimizer):
         self._step_batch(group, [self._item_of(p, grad, group, ordinal)])
 
     def _item_of(self, p: Tensor, grad: Tensor, group: dict[str, Any], ordinal: int) -> _Item:
-        _check_gradient(grad, ordinal)
+        check_gradient(grad, ordinal)
         layout = _layout_of(p, group)
+        flat = _StorageOrder(p)
         state: dict[str, Tensor] = self.state[p]
         cache = self._caches.get(p)
         if not state or cache is None or cache.layout is not layout or cache.device != p.device:
-            cache = self._prepare(p, layout, state)
-        return _Item(ordinal, p, grad, state, cache.thresholds)
+            cache = self._prepare(p, layout, state, flat.dims)
+        if cache.dims != flat.dims:
+            raise ValueError(
+                f"parameter {ordinal} has another memory format than at its first step, in whose "
+                "order its state lies: choose formats before the first step, or create a new "
+                "optimizer"
+            )
+        return _Item(ordinal, p, grad, state, cache.thresholds, flat)
 
     def _step_batch(self, group: dict[str, Any], batch: list[_Item]) -> None:
         device = batch[0].param.device
         lr = group["lr"]
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        flat = [_StorageOrder(item.param) for item in batch]
         ops.step_(
             StepArguments(
-                params=[p.values for p in flat],
-                grads=[p.arrange(item.grad) for p, item in zip(flat, batch, strict=True)],
+                params=[item.flat.values for item in batch],
+                grads=[item.flat.arrange(item.grad) for item in batch],
                 steps=[item.state["step"] for item in batch],
                 window_indices=[item.state["window_indices"] for item in batch],
                 window_values=[item.state["window_values"] for item in batch],
@@ -204,24 +225,35 @@ class MicroAdam(Optimizer):
                 ordinals=self._rounding_ordinals(group, batch),
             )
         )
-        for p in flat:
-            p.write_back()
+        for item in batch:
+            item.flat.write_back()
 
     def _rounding_ordinals(self, group: dict[str, Any], batch: list[_Item]) -> list[int]:
         """What names each parameter's random bits: another number for every shard of it."""
         if not group["stochastic_rounding"]:
             return [item.ordinal for item in batch]
         num_params = sum(len(group["params"]) for group in self.param_groups)
-        return [
-            item.ordinal + num_params * sum(first for first, _ in Shard.of(item.param).bounds)
-            for item in batch
-        ]
+        ordinals = []
+        for item in batch:
+            place = 0  # of the shard: where it begins in each dimension, folded into 32 bits
+            for first, _ in Shard.of(item.param).bounds:
+                place = (place * 0x9E3779B1 + first) % 2**32
+            ordinals.append(item.ordinal + num_params * place)
+        return ordinals
 
-    def _prepare(self, p: Tensor, layout: BlockLayout, state: dict[str, Tensor]) -> _Cache:
+    def _prepare(
+        self, p: Tensor, layout: BlockLayout, state: dict[str, Tensor], dims: list[int] | None
+    ) -> _Cache:
         """Creates the state that is not there, or checks that it fits; once a layout."""
         if not state:
             state.update(layout.new_state(p.device))
         for name, (shape, _) in layout.state_spec.items():
+            if state[name].device != p.device:
+                raise ValueError(
+                    f"{name} of a parameter with {p.numel()} elements is on {state[name].device}, "
+                    f"the parameter on {p.device}: after moving the model, call "
+                    "optimizer.load_state_dict(optimizer.state_dict()), which moves the state"
+                )
             if state[name].shape != shape:
                 raise ValueError(
                     f"{name} of a parameter with {p.numel()} elements has shape "
@@ -229,8 +261,8 @@ class MicroAdam(Optimizer):
                     f"and bucket_size ask for {shape}: they cannot change once a parameter has "
                     "taken a step; create a new optimizer"
                 )
-        thresholds = torch.zeros(layout.num_blocks, device=p.device)
-        self._caches[p] = _Cache(layout, p.device, thresholds)
+        thresholds = torch.zeros(layout.num_blocks, dtype=torch.float32, device=p.device)
+        self._caches[p] = _Cache(layout, p.device, dims, thresholds)
         return self._caches[p]
 
     def _skipped_blocks_on(self, device: torch.device) -> Tensor:
@@ -318,12 +350,12 @@ class MicroAdam(Optimizer):
                     f"a parameter group of the saved state has no {', '.join(missing)}: it was "
                     "written by another optimizer"
                 )
-            _check_hyperparameters(saved_group)
+            check_hyperparameters(saved_group)
             for index, p in zip(saved_group["params"], own_group["params"], strict=True):
                 if index in state_dict["state"]:
                     saved = distributed.by_shard(state_dict["state"][index], tuple(p.shape))
                     for shard, state in saved.items():
-                        _check_state(state, distributed.layout_of(shard.numel, saved_group), index)
+                        check_state(state, distributed.layout_of(shard.numel, saved_group), index)
                     state = distributed.assemble(saved, Shard.of(p), saved_group)
                     new_state[p] = {
                         name: value.detach().to(
@@ -339,6 +371,7 @@ class _Cache(NamedTuple):
 
     layout: BlockLayout  # that its state is known to fit
     device: torch.device
+    dims: list[int] | None  # the order that the state counts in: see _StorageOrder
     thresholds: Tensor  # of the native kernels: see StepArguments
 
 
@@ -350,6 +383,7 @@ class _Item(NamedTuple):
     grad: Tensor
     state: dict[str, Tensor]
     thresholds: Tensor
+    flat: _StorageOrder
 
 
 class _StorageOrder:
@@ -361,16 +395,18 @@ class _StorageOrder:
 
     def __init__(self, p: Tensor) -> None:
         self._param = distributed.local(p)
-        self._dims: list[int] | None = None  # of a contiguous parameter, as nearly all are
+        # The dimensions from the outermost to the innermost; None where the parameter is
+        # contiguous, as nearly all are.
+        self.dims: list[int] | None = None
         if not self._param.is_contiguous():
-            self._dims = sorted(range(p.dim()), key=self._param.stride, reverse=True)
-            self._param = self._param.permute(self._dims)
+            self.dims = sorted(range(p.dim()), key=self._param.stride, reverse=True)
+            self._param = self._param.permute(self.dims)
         self.values = self._param.contiguous()
 
     def arrange(self, t: Tensor) -> Tensor:
         """A tensor of the parameter's shape in that order; a view if possible."""
         t = distributed.local(t)
-        return (t if self._dims is None else t.permute(self._dims)).contiguous()
+        return (t if self.dims is None else t.permute(self.dims)).contiguous()
 
     def write_back(self) -> None:
         if not self._param.is_contiguous():
@@ -379,129 +415,3 @@ class _StorageOrder:
 
 def _layout_of(p: Tensor, group: dict[str, Any]) -> BlockLayout:
     return distributed.layout_of(distributed.local(p).numel(), group)
-
-
-def _check_gradient(grad: Tensor, ordinal: int) -> None:
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"the gradient of parameter {ordinal} is sparse ({grad.layout}); MicroAdam needs dense "
-            "gradients: for an embedding, pass sparse=False"
-        )
-    if not grad.is_floating_point():
-        raise RuntimeError(
-            f"the gradient of parameter {ordinal} has dtype {grad.dtype}; MicroAdam needs real "
-            "floating-point gradients"
-        )
-    if distributed.is_sharded(grad) and any(p.is_partial() for p in grad.placements):
-        raise RuntimeError(
-            f"the gradient of parameter {ordinal} has the placements {grad.placements}, so no "
-            "process has its sum: redistribute it to the placements of the parameter first"
-        )
-
-
-def _check_state(saved: dict[str, Any], layout: BlockLayout, index: int) -> None:
-    if saved.keys() != layout.state_spec.keys():
-        raise ValueError(
-            f"the saved state of parameter {index} has the entries {sorted(saved)}, MicroAdam "
-            f"needs {sorted(layout.state_spec)}: it was written by another optimizer"
-        )
-    for name, (shape, dtype) in layout.state_spec.items():
-        value = saved[name]
-        if not isinstance(value, Tensor) or value.shape != shape or value.dtype != dtype:
-            found = (
-                f"{value.dtype} of shape {tuple(value.shape)}"
-                if isinstance(value, Tensor)
-                else type(value).__name__
-            )
-            raise ValueError(
-                f"{name} of parameter {index} in the saved state is {found}, expected {dtype} of "
-                f"shape {shape}: the state belongs to another model or other hyperparameters"
-            )
-    # An index out of its block would let a native kernel write outside the parameter.
-    for segment in layout.segments:
-        blocks = slice(segment.first_block, segment.first_block + segment.num_blocks)
-        lowest, highest = saved["window_indices"][blocks, :, : segment.k].aminmax()
-        if lowest < 0 or highest >= segment.length:
-            raise ValueError(
-                f"window_indices of parameter {index} in the saved state reach from {int(lowest)} "
-                f"to {int(highest)} in a block of {segment.length}: the file is damaged; load an "
-                "older checkpoint"
-            )
-    if saved["step"] < 0:
-        raise ValueError(
-            f"step of parameter {index} in the saved state is {int(saved['step'])}: the file is "
-            "damaged; load an older checkpoint"
-        )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_hyperparameters(group: dict[str, Any]) -> None:
-    def require(is_valid: bool, name: str, remedy: str) -> None:
-        if not is_valid:
-            raise ValueError(f"{name}={group[name]!r}: {remedy}")
-
-    def require_number(name: str, low: float, remedy: str) -> None:
-        # NaN compares false, so it is refused here too.
-        value = group[name]
-        require(isinstance(value, Real) and low <= float(value) < float("inf"), name, remedy)
-
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        require(lr.numel() == 1, "lr", "a tensor learning rate must have exactly one element")
-        require(0 <= lr.item() < float("inf"), "lr", "must be a finite number of 0 or more")
-    else:
-        require_number("lr", 0, "must be a finite number of 0 or more")
-    betas = group["betas"]
-    require(
-        isinstance(betas, Sequence)
-        and len(betas) == 2
-        and all(isinstance(beta, Real) and 0 <= float(beta) < 1 for beta in betas),
-        "betas",
-        "must be two numbers of at least 0 and less than 1",
-    )
-    require_number(
-        "eps", MIN_EPS, f"must be a finite number of {MIN_EPS} or more, not 0 in float32"
-    )
-    require_number("weight_decay", 0, "must be a finite number of 0 or more")
-    alpha = group["alpha"]
-    require(
-        isinstance(alpha, Real) and 0 <= float(alpha) < 1,
-        "alpha",
-        "must be a number of at least 0 and less than 1",
-    )
-    window_size = group["window_size"]
-    require(
-        _is_int(window_size) and window_size >= 1, "window_size", "must be an integer of 1 or more"
-    )
-    density = group["density"]
-    require(
-        isinstance(density, Real) and 0 < float(density) <= 1,
-        "density",
-        "must be a number greater than 0 and at most 1",
-    )
-    bucket_size = group["bucket_size"]
-    require(
-        _is_int(bucket_size) and bucket_size >= 2 and bucket_size % 2 == 0,
-        "bucket_size",
-        "must be an even integer of 2 or more (two 4-bit codes share a byte)",
-    )
-    block_size = group["block_size"]
-    require(
-        _is_int(block_size) and 0 < block_size <= MAX_BLOCK_SIZE and block_size % bucket_size == 0,
-        "block_size",
-        f"must be a multiple of bucket_size={bucket_size} and at most {MAX_BLOCK_SIZE}, "
-        "so that an index inside a block fits int16",
-    )
-    require(
-        isinstance(group["stochastic_rounding"], bool),
-        "stochastic_rounding",
-        "must be True or False",
-    )
-    require(
-        _is_int(group["seed"]) and 0 <= group["seed"] < 2**64,
-        "seed",
-        "must be an integer of at least 0 and less than 2**64",
-    )

@@ -35,7 +35,7 @@ _MAX_ELEMENTS_AT_ONCE_ELSEWHERE = 1 << 24
 def quantization_unit(minimum: Tensor, maximum: Tensor) -> Tensor:
     """The distance of two codes, float32 in the shape of the arguments."""
     # A tensor: divided by a number, torch on a GPU multiplies by the rounded reciprocal instead.
-    num_levels = torch.full((), float(NUM_LEVELS), device=minimum.device)
+    num_levels = torch.full((), NUM_LEVELS, dtype=torch.float32, device=minimum.device)
     return (maximum.float() - minimum.float()) / num_levels
 
 
@@ -107,7 +107,7 @@ def window_moments(
         length: ``L``.
     """
     num_blocks, window_size, _ = values.shape
-    first = torch.zeros(num_blocks, length, device=values.device)
+    first = torch.zeros(num_blocks, length, dtype=torch.float32, device=values.device)
     second = torch.zeros_like(first)
     for slot in range(min(step, window_size)):
         age = (step - 1 - slot) % window_size

@@ -97,6 +97,20 @@ def test_build_without_a_compiler_warns_once_and_succeeds(
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_a_build_without_the_cuda_kernels_that_were_asked_for_fails(tmp_path: Path) -> None:
+    """pip hides the output of a build that succeeds."""
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "MICROADAM_CUDA_ARCHITECTURES": "all", "CUDA_HOME": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "MICROADAM_CUDA_ARCHITECTURES asks for CUDA kernels: no nvcc" in result.stderr
+
+
 def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     info = f"microadam-{microadam.__version__}.dist-info"
     metadata = email.message_from_bytes(wheel.read(f"{info}/METADATA"))

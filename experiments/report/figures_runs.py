@@ -179,7 +179,7 @@ def _memory_bars(results_dir: Path, figures_dir: Path) -> Figure | None:
     num_rows = math.ceil(len(models) / 2)
     drawing = Drawing(figsize=(10, 2.6 * num_rows))
     axes = drawing.subplots(num_rows, 2, squeeze=False).flat
-    for ax, (model, rows) in zip(axes, models, strict=False):
+    for (model, rows), ax in zip(models, axes, strict=False):  # takes no axes after the last model
         labels = [row.plan["optimizer"] for row in rows]
         left = [0.0] * len(rows)
         for part, name, shade in zip(memory.PARTS, _PART_NAMES, _PART_COLOURS, strict=True):

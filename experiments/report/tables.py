@@ -191,7 +191,7 @@ def _selection(states: list[State]) -> list[str]:
             "* the best is the lowest or the highest that was tried."
         )
     else:
-        sentences.append("Learning rate: that of the preset; no others were tried for this table.")
+        sentences.append("Learning rate: one for each row, chosen beforehand.")
     if any(len(state.cell.seeds) > 1 for state in states):
         sentences.append("± is the standard deviation of a sample, over seeds.")
     else:
@@ -207,7 +207,7 @@ def _provenance(records: list[Record]) -> list[str]:
 
     devices = {record.values["hardware"]["device"] for record in records}
     memory = {
-        "cpu": "the most the process held, libraries included",
+        "cpu": "the most the process held, with libraries, evaluation and what was freed",
         "cuda": "the most allocated on the GPU",
     }
     versions = {

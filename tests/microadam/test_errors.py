@@ -57,6 +57,7 @@ OUT_OF_RANGE = [
     ({"lr": None}, r"lr=None: must be a finite number of 0 or more"),
     ({"lr": "0.1"}, r"lr='0.1': must be a finite number of 0 or more"),
     ({"lr": torch.tensor([0.1, 0.2])}, r"lr=tensor\(.*\): .* exactly one element"),
+    ({"lr": torch.tensor(1)}, r"lr=tensor\(1\): .* float32 or float64"),
     ({"lr": torch.tensor(-0.1)}, r"lr=tensor\(-0.1000\): must be a finite number of 0 or more"),
     ({"betas": (1.0, 0.9)}, r"betas=\(1.0, 0.9\): must be two numbers of at least 0 and less"),
     ({"betas": (0.9, -0.1)}, r"betas=\(0.9, -0.1\): must be two numbers"),
@@ -121,6 +122,11 @@ def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was(
     step_and_judge(optimizer)
 
 
+def test_a_group_that_is_no_dictionary_is_refused(rng: np.random.Generator) -> None:
+    with pytest.raises(TypeError, match="param_group must be a dict"):
+        new_optimizer(rng).add_param_group([torch.zeros(2)])
+
+
 def test_parameter_in_two_groups_is_refused(rng: np.random.Generator) -> None:
     optimizer = new_optimizer(rng)
     with pytest.raises(ValueError, match="more than one parameter group"):
@@ -141,4 +147,42 @@ def test_geometry_cannot_change_once_there_is_a_state(
     optimizer.param_groups[0].update(change)
     with pytest.raises(ValueError, match=r"cannot change once .* create a new optimizer"):
         optimizer.step()
+    assert_same(clone_all(optimizer), before)
+
+
+def test_a_memory_format_that_changes_after_the_first_step_is_refused() -> None:
+    """The state lies in the order of the storage, so it would belong to other elements."""
+    p = nn.Parameter(torch.randn(4, 3, 2, 2))
+    optimizer = MicroAdam([p])
+    p.grad = torch.randn(4, 3, 2, 2)
+    optimizer.step()
+    p.data = p.data.to(memory_format=torch.channels_last)
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="parameter 0 has another memory format"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    assert optimizer.state[p]["step"] == 1
+
+
+def test_state_on_another_device_is_named_with_the_remedy(rng: np.random.Generator) -> None:
+    """As where a model moves after its first step."""
+    optimizer = new_optimizer(rng)
+    set_random_gradients(optimizer, rng)
+    optimizer.step()
+    (p,) = parameters_of(optimizer)
+    optimizer.state[p]["error"] = optimizer.state[p]["error"].to("meta")
+    optimizer._caches.clear()
+    with pytest.raises(ValueError, match=r"error .* on meta, .* on cpu: .*load_state_dict"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["window_values", "error_min", "error_max"])
+def test_saved_state_that_is_not_finite_is_refused(name: str, rng: np.random.Generator) -> None:
+    optimizer = new_optimizer(rng)
+    set_random_gradients(optimizer, rng)
+    optimizer.step()
+    before, saved = clone_all(optimizer), copy.deepcopy(optimizer.state_dict())
+    saved["state"][0][name].flatten()[-1] = math.nan
+    with pytest.raises(ValueError, match=rf"{name} of parameter 0 .* holds a NaN .* damaged"):
+        optimizer.load_state_dict(saved)
     assert_same(clone_all(optimizer), before)

@@ -235,7 +235,7 @@ def test_parameter_with_gaps() -> None:
 
 def test_grad_scaler(rng: np.random.Generator) -> None:
     """Scaled gradients take the same step; found infs take none; nothing waits for the device."""
-    optimizer = new_optimizer(rng, 5000)
+    optimizer = new_optimizer(rng, 5000, unscales=True)
     expected = twin_of(optimizer)
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     scaler.scale(torch.ones((), device="cuda"))  # creates the scale

@@ -382,8 +382,19 @@ def test_arguments_that_cannot_be_right_are_refused() -> None:
         run.released()
     run.optimizer.zero_grad()
     run.released()
-    with pytest.raises(RuntimeError, match="enabled for this optimizer already"):
+    with pytest.raises(RuntimeError, match=r"already.*call remove\(\) of the handle from before"):
         run.released()
+
+
+def test_another_optimizer_of_released_parameters_is_refused_until_the_first_lets_go() -> None:
+    """As where a cell of a notebook runs again."""
+    model = nn.Linear(4, 3)
+    handle = enable_gradient_release(model, MicroAdam(model.parameters()))
+    second = MicroAdam(model.parameters())
+    with pytest.raises(RuntimeError, match="enabled for a parameter of the model already"):
+        enable_gradient_release(model, second)
+    handle.remove()
+    enable_gradient_release(model, second)
 
 
 def test_a_sparse_gradient_is_refused() -> None:

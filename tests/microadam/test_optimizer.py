@@ -332,6 +332,29 @@ def test_step_hooks_run(rng: np.random.Generator) -> None:
     assert calls == ["before", "after"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_of_the_process_changes_nothing(
+    dtype: torch.dtype, rng: np.random.Generator
+) -> None:
+    """Models are often loaded under another one than float32."""
+    optimizer = new_optimizer(rng, 300, 65)
+    torch.set_default_dtype(dtype)
+    try:
+        for _ in range(3):
+            set_random_gradients(optimizer, rng)
+            step_and_judge(optimizer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_numbers_of_numpy_are_taken_as_python_computes_with_them(rng: np.random.Generator) -> None:
+    given = {"density": np.float32(0.07), "window_size": np.int64(3), "eps": np.float32(1e-8)}
+    optimizer = new_optimizer(rng, 100, **given)
+    assert all(type(optimizer.param_groups[0][name]) in (int, float) for name in given)
+    set_random_gradients(optimizer, rng)
+    step_and_judge(optimizer)
+
+
 # GradScaler
 
 
@@ -340,15 +363,18 @@ def scaled_backward(scaler: torch.amp.GradScaler, p: Tensor, factor: float) -> N
     scaler.scale((p * p * factor).sum()).backward()
 
 
-def test_grad_scaler_gives_the_step_of_unscaled_gradients(rng: np.random.Generator) -> None:
-    scaled, plain = (new_optimizer(np.random.default_rng(0)) for _ in range(2))
+@pytest.mark.parametrize("unscales", [False, True])
+def test_grad_scaler_gives_the_step_of_unscaled_gradients(unscales: bool) -> None:
+    scaled = new_optimizer(np.random.default_rng(0), unscales=unscales)
+    plain = new_optimizer(np.random.default_rng(0))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for _ in range(4):
         (p,) = parameters_of(scaled)
         scaled_backward(scaler, p, 1.0)
         gradient = p.grad.clone()
         scaler.step(scaled)
-        assert torch.equal(p.grad, gradient), "the scaled gradient must stay as it was"
+        # Only the scaler divides it in place.
+        assert torch.equal(p.grad, gradient if unscales else gradient / 1024)
         scaler.update()
         (p,) = parameters_of(plain)
         p.grad = gradient / 1024
@@ -356,9 +382,11 @@ def test_grad_scaler_gives_the_step_of_unscaled_gradients(rng: np.random.Generat
     assert_same(clone_all(scaled), clone_all(plain))
 
 
-def test_grad_scaler_after_unscale(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("unscales", [False, True])
+def test_grad_scaler_after_unscale(unscales: bool) -> None:
     """Clipping needs unscaled gradients; then `step` must not divide by the scale again."""
-    unscaled, plain = (new_optimizer(np.random.default_rng(0)) for _ in range(2))
+    unscaled = new_optimizer(np.random.default_rng(0), unscales=unscales)
+    plain = new_optimizer(np.random.default_rng(0))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     (p,) = parameters_of(unscaled)
     scaled_backward(scaler, p, 1.0)
@@ -369,13 +397,14 @@ def test_grad_scaler_after_unscale(rng: np.random.Generator) -> None:
     assert_same(clone_all(unscaled), clone_all(plain))
 
 
+@pytest.mark.parametrize("unscales", [False, True])
 @pytest.mark.parametrize("unscale_first", [False, True])
 @pytest.mark.parametrize("num_steps", [0, 4])
 def test_found_inf_changes_nothing(
-    num_steps: int, unscale_first: bool, rng: np.random.Generator
+    num_steps: int, unscale_first: bool, unscales: bool, rng: np.random.Generator
 ) -> None:
     """Not even a parameter whose own gradient is finite, a step count or the skip counter."""
-    optimizer = new_optimizer(rng, 300, 300)
+    optimizer = new_optimizer(rng, 300, 300, unscales=unscales)
     good, bad = parameters_of(optimizer)
     for _ in range(num_steps):
         set_random_gradients(optimizer, rng)

@@ -1,0 +1,153 @@
+"""What `MicroAdam` is given, checked: hyperparameters, gradients and saved state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microadam.distributed import is_sharded
+from microadam.layout import MAX_BLOCK_SIZE, BlockLayout
+
+# Below it eps could be 0 in float32, and a coordinate without a gradient would become 0 / 0.
+MIN_EPS = torch.finfo(torch.float32).tiny
+
+
+def check_gradient(grad: Tensor, ordinal: int) -> None:
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of parameter {ordinal} is sparse ({grad.layout}); MicroAdam needs dense "
+            "gradients: for an embedding, pass sparse=False"
+        )
+    if not grad.is_floating_point():
+        raise RuntimeError(
+            f"the gradient of parameter {ordinal} has dtype {grad.dtype}; MicroAdam needs real "
+            "floating-point gradients"
+        )
+    if is_sharded(grad) and any(p.is_partial() for p in grad.placements):
+        raise RuntimeError(
+            f"the gradient of parameter {ordinal} has the placements {grad.placements}, so no "
+            "process has its sum: redistribute it to the placements of the parameter first"
+        )
+
+
+def check_state(saved: dict[str, Any], layout: BlockLayout, index: int) -> None:
+    if saved.keys() != layout.state_spec.keys():
+        raise ValueError(
+            f"the saved state of parameter {index} has the entries {sorted(saved)}, MicroAdam "
+            f"needs {sorted(layout.state_spec)}: it was written by another optimizer"
+        )
+    for name, (shape, dtype) in layout.state_spec.items():
+        value = saved[name]
+        if not isinstance(value, Tensor) or value.shape != shape or value.dtype != dtype:
+            found = (
+                f"{value.dtype} of shape {tuple(value.shape)}"
+                if isinstance(value, Tensor)
+                else type(value).__name__
+            )
+            raise ValueError(
+                f"{name} of parameter {index} in the saved state is {found}, expected {dtype} of "
+                f"shape {shape}: the state belongs to another model or other hyperparameters"
+            )
+    # An index out of its block would let a native kernel write outside the parameter.
+    for segment in layout.segments:
+        blocks = slice(segment.first_block, segment.first_block + segment.num_blocks)
+        lowest, highest = saved["window_indices"][blocks, :, : segment.k].aminmax()
+        if lowest < 0 or highest >= segment.length:
+            raise ValueError(
+                f"window_indices of parameter {index} in the saved state reach from {int(lowest)} "
+                f"to {int(highest)} in a block of {segment.length}: the file is damaged; load an "
+                "older checkpoint"
+            )
+    # One that is not finite would become a parameter, or stop its block for good.
+    for name in ("window_values", "error_min", "error_max"):
+        if not saved[name].isfinite().all():
+            raise ValueError(
+                f"{name} of parameter {index} in the saved state holds a NaN or an infinity: the "
+                "file is damaged; load an older checkpoint"
+            )
+    if saved["step"] < 0:
+        raise ValueError(
+            f"step of parameter {index} in the saved state is {int(saved['step'])}: the file is "
+            "damaged; load an older checkpoint"
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_hyperparameters(group: dict[str, Any]) -> None:
+    def require(is_valid: bool, name: str, remedy: str) -> None:
+        if not is_valid:
+            raise ValueError(f"{name}={group[name]!r}: {remedy}")
+
+    def require_number(name: str, low: float, remedy: str) -> None:
+        # NaN compares false, so it is refused here too.
+        value = group[name]
+        require(isinstance(value, Real) and low <= float(value) < float("inf"), name, remedy)
+
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        require(
+            lr.numel() == 1 and lr.dtype in (torch.float32, torch.float64),
+            "lr",
+            "a tensor learning rate must have exactly one element and be float32 or float64",
+        )
+        require(0 <= lr.item() < float("inf"), "lr", "must be a finite number of 0 or more")
+    else:
+        require_number("lr", 0, "must be a finite number of 0 or more")
+    betas = group["betas"]
+    require(
+        isinstance(betas, Sequence)
+        and len(betas) == 2
+        and all(isinstance(beta, Real) and 0 <= float(beta) < 1 for beta in betas),
+        "betas",
+        "must be two numbers of at least 0 and less than 1",
+    )
+    require_number(
+        "eps", MIN_EPS, f"must be a finite number of {MIN_EPS} or more, not 0 in float32"
+    )
+    require_number("weight_decay", 0, "must be a finite number of 0 or more")
+    alpha = group["alpha"]
+    require(
+        isinstance(alpha, Real) and 0 <= float(alpha) < 1,
+        "alpha",
+        "must be a number of at least 0 and less than 1",
+    )
+    window_size = group["window_size"]
+    require(
+        _is_int(window_size) and window_size >= 1, "window_size", "must be an integer of 1 or more"
+    )
+    density = group["density"]
+    require(
+        isinstance(density, Real) and 0 < float(density) <= 1,
+        "density",
+        "must be a number greater than 0 and at most 1",
+    )
+    bucket_size = group["bucket_size"]
+    require(
+        _is_int(bucket_size) and bucket_size >= 2 and bucket_size % 2 == 0,
+        "bucket_size",
+        "must be an even integer of 2 or more (two 4-bit codes share a byte)",
+    )
+    block_size = group["block_size"]
+    require(
+        _is_int(block_size) and 0 < block_size <= MAX_BLOCK_SIZE and block_size % bucket_size == 0,
+        "block_size",
+        f"must be a multiple of bucket_size={bucket_size} and at most {MAX_BLOCK_SIZE}, "
+        "so that an index inside a block fits int16",
+    )
+    require(
+        isinstance(group["stochastic_rounding"], bool),
+        "stochastic_rounding",
+        "must be True or False",
+    )
+    require(
+        _is_int(group["seed"]) and 0 <= group["seed"] < 2**64,
+        "seed",
+        "must be an integer of at least 0 and less than 2**64",
+    )
