@@ -1,7 +1,7 @@
 // One step of a range of blocks. Compiled once for every instruction set; kernel_*.cpp include it.
 //
 // Everything of a block is done while its 4,096 elements are in cache, and the next block's
-// gradient and parameters are fetched meanwhile: the step is bound by memory.
+// gradient and parameters are fetched meanwhile.
 #pragma once
 
 #include "accumulate.h"

@@ -221,7 +221,7 @@ def _step_time(results_dir: Path, figures_dir: Path) -> Figure | None:
     models = list(dict.fromkeys(row["model"] for row in step["rows"]))
     drawing, axes = _panels(len(dtypes), 4.0)
     for ax, dtype in zip(axes, dtypes, strict=True):
-        for model, marker in zip(models, "osD^v", strict=False):
+        for model, marker in zip(models, "osD^vP", strict=False):
             rows = [r for r in step["rows"] if (r["model"], r["dtype"]) == (model, dtype)]
             points = [(state[rows[0]["shapes"], dtype, _BASELINE], 1.0, _BASELINE)]
             points += [
@@ -232,7 +232,11 @@ def _step_time(results_dir: Path, figures_dir: Path) -> Figure | None:
                 shade = colour(optimizer.removeprefix("bitsandbytes "))
                 ax.scatter(x, y, marker=marker, s=50, color=shade, zorder=3)
                 if model == models[0]:
-                    ax.annotate(optimizer, (x, y), (7, 5), textcoords="offset points", fontsize=9)
+                    side = "right" if optimizer == _BASELINE else "left"
+                    offset = (-7 if side == "right" else 7, 5 if y >= 1 else -12)
+                    ax.annotate(
+                        optimizer, (x, y), offset, textcoords="offset points", fontsize=9, ha=side
+                    )
             ax.scatter([], [], marker=marker, color=INK, label=model)
         ax.axhline(1.0, color=INK, linewidth=0.8, linestyle=":")
         ax.margins(x=0.25, y=0.12)
