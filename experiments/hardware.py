@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import torch
 
 from experiments.config import HardwareConfig
 from experiments.errors import ExperimentError
+
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CLEAR_PEAK = "5"  # see proc(5)
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,25 @@ class Hardware:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def forget_peak(self) -> None:
+        """Begins a new peak, where the process has done another run before."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif _CLEAR_REFS.exists():
+            with suppress(OSError):  # not every container lets a process do that
+                _CLEAR_REFS.write_text(_CLEAR_PEAK)
+
     def peak_bytes(self) -> int:
-        """Most memory held so far: allocated on the GPU, or resident in this process on a CPU."""
+        """Most memory held since `forget_peak`: allocated on the GPU, or resident in this process.
+
+        On macOS, since the process began.
+        """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if platform.system() == "Darwin" else peak * 1024
+        status = _STATUS.read_text() if _STATUS.exists() else ""
+        if (peak := re.search(r"VmHWM:\s+(\d+) kB", status)) is not None:
+            return int(peak[1]) * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def describe(self) -> dict[str, object]:
         """For the record: names and counts of what computed."""

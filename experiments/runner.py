@@ -85,6 +85,7 @@ def _run(
     started = time.perf_counter()
     code = provenance()  # now: the checkout may have moved on when the run ends
     is_first = distributed.rank() == 0
+    machine.forget_peak()
     torch.manual_seed(config.seed)
     task = tasks.by_name(config.task.name)(config, machine)
     if config.hardware.activation_checkpointing:

@@ -37,6 +37,7 @@ from run import compose
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("results")
 _INTERRUPTED = 130  # run.py's exit code after Ctrl-C
+_PREEMPTED = 75  # and after SIGTERM and SIGUSR1
 _QUEUES = {"submitit_slurm"}  # launchers that only hand jobs over: they get all rows at once
 
 
@@ -187,7 +188,7 @@ def _start_and_wait(commands: list[list[str]]) -> None:
         for process in processes:  # has it too, and ends by itself
             process.wait()
         raise
-    if _INTERRUPTED in codes:
+    if {_INTERRUPTED, _PREEMPTED} & {*codes}:
         raise KeyboardInterrupt
 
 

@@ -67,7 +67,9 @@ class State:
 
 
 def state_of(cell: Cell, records: list[Record]) -> State:
-    """What ``records``, the newest first, hold of ``cell``."""
+    """What ``records``, the newest first, hold of ``cell``: of one source of data and weights."""
+    records = [r for r in records if r.is_run_of(Run(cell, r.learning_rate, r.seed).config)]
+    records = [r for r in records if r.sources == records[0].sources]
     rates = list(cell.learning_rates)
     while True:
         found = {rate: _find(Run(cell, rate, cell.seeds[0]), records) for rate in sorted(rates)}

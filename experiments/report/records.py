@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 # Keys, at any depth of a config, of values that change no number in a table that tells its
-# hardware and data sources: where things lie, how the run is watched, kept and computed.
+# hardware and data sources: how the run is watched, kept and computed.
 _NOT_COMPARED = {
     "checkpoint_every_steps",
     "dry_run",
@@ -18,7 +18,6 @@ _NOT_COMPARED = {
     "is_local",
     "learning_rates",
     "logger",
-    "path",
     "results_dir",
     "root",
     "save_model",
@@ -49,6 +48,11 @@ class Record:
         return self.values["config"]["optimizer"]["lr"]
 
     @property
+    def sources(self) -> tuple[str, str]:
+        """Where the data and the weights are from."""
+        return self.values["data_source"], self.values["model_source"]
+
+    @property
     def machine(self) -> str:
         """GPU or CPU and precision, as a caption names them."""
         hardware = self.values["hardware"]
@@ -62,7 +66,8 @@ class Record:
         """Whether ``config``, as composed now, describes this run, wherever data and results lie.
 
         A key that either side lacks was added or removed since, and is not compared. Hardware is
-        compared by name, and only where the config asks for one.
+        compared by name, and only where the config asks for one; of data and weights in a folder of
+        the user's, that they were given.
         """
         hardware = config["hardware"]["name"]
         if hardware not in ("auto", self.values["config"]["hardware"]["name"]):
@@ -78,6 +83,8 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             continue
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
+        elif name == "path":
+            yield prefix + name, value is not None
         else:
             yield prefix + name, value
 

@@ -89,7 +89,9 @@ def test_the_newest_record_of_a_run_counts() -> None:
 @pytest.mark.parametrize(
     ("section", "changes", "is_same"),
     [
-        ("dataset", {"root": "elsewhere", "path": "a/folder"}, True),
+        ("dataset", {"root": "elsewhere"}, True),
+        ("dataset", {"path": "a/folder"}, False),
+        ("model", {"path": "a/folder"}, False),
         ("training", {"save_model": False}, True),
         ("hardware", {"name": "rtx3090", "micro_batch_size": 1}, True),
         ("training", {"added_since": 3}, True),

@@ -144,6 +144,20 @@ def test_learning_rates_are_short(number: float, text: str) -> None:
     assert formats.rate(number) == text
 
 
+def test_a_run_on_data_in_a_folder_of_the_users_is_not_the_tables() -> None:
+    config = record()["config"]
+    own = {**config, "dataset": {**config["dataset"], "path": "mine"}}
+    found = [Record("own.json", record(config=own))]
+    assert planning.state_of(cell(), found).tried == {}
+
+
+def test_records_of_two_sources_are_not_averaged() -> None:
+    values = [*of_seeds({42: 0.5, 7: 0.6}), *of_seeds({42: 0.9, 1: 0.9}, data_source="hub")]
+    state = planning.state_of(cell(), [Record(f"{i}.json", v) for i, v in enumerate(values)])
+    assert {r.values["data_source"] for r in state.records} == {"generated"}
+    assert [run.seed for run in state.missing] == [1]
+
+
 # The script, with run.py replaced by what it would leave
 
 
