@@ -54,13 +54,18 @@ class Record:
 
     @property
     def machine(self) -> str:
-        """GPU or CPU and precision, as a caption names them."""
+        """GPU or CPU and precision, as a table names them."""
         hardware = self.values["hardware"]
-        threads = (
-            "1 thread" if hardware["num_threads"] == 1 else f"{hardware['num_threads']} threads"
-        )
-        name = hardware["gpu"] or f"{hardware['cpu']} ({threads})"
-        return f"{name}, {hardware['precision']}"
+        return f"{hardware['gpu'] or hardware['cpu']}, {hardware['precision']}"
+
+    @property
+    def machine_with_threads(self) -> str:
+        """As `machine`, with the number of a CPU's threads, for a caption."""
+        hardware = self.values["hardware"]
+        if hardware["gpu"]:
+            return self.machine
+        plural = "" if hardware["num_threads"] == 1 else "s"
+        return f"{self.machine} ({hardware['num_threads']} thread{plural})"
 
     def is_run_of(self, config: dict[str, Any]) -> bool:
         """Whether ``config``, as composed now, describes this run, wherever data and results lie.

@@ -229,7 +229,7 @@ def _provenance(records: list[Record]) -> list[str]:
     return [
         f"Data: {_listed(data)}.",
         f"Weights: {all_of('model_source')}.",
-        f"Hardware: {_listed(record.machine for record in records)}.",
+        f"Hardware: {_listed(record.machine_with_threads for record in records)}.",
         f"Peak memory: {'; '.join(memory[device] for device in sorted(devices))}.",
         f"Versions: {_listed(versions)}.",
         f"Runs of {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else "") + ".",

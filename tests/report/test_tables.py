@@ -104,7 +104,7 @@ def test_the_caption_says_what_the_numbers_rest_on() -> None:
         "Mini scale. A note.",
         "Data: mnli (generated).",
         "Weights: random.",
-        "Test CPU (2 threads), fp32",
+        "Test CPU, fp32 (2 threads)",
         "torch 2.14.1",
         "Runs of 2026-01-02.",
         "Commit: 0123456789 with changes.",
