@@ -58,7 +58,7 @@ class State:
     best: float | None  # rate; None where none is tried or all diverged
     records: list[Record]  # at the best rate, in the order of the seeds
     missing: list[Run]  # that can run now
-    num_later: int  # that can run once the best rate is known
+    num_later: int  # that can run once the best rate is known; at least so many
 
     @property
     def is_best_at_edge(self) -> bool:
@@ -82,7 +82,11 @@ def state_of(cell: Cell, records: list[Record]) -> State:
             break
         rates.append(added)
     missing = [Run(cell, rate, cell.seeds[0]) for rate in rates if rate not in tried]
-    num_later = len(cell.seeds) - 1 if missing else 0
+    # At whichever of these rates turns out the best: the other seeds may be there already.
+    candidates = [run.learning_rate for run in missing] + ([] if best is None else [best])
+    num_later = 0
+    if missing:
+        num_later = min(_num_missing_seeds(cell, rate, records) for rate in candidates)
     if best is None or tried[best].has_diverged:
         return State(cell, tried, None, [], missing, num_later)
     of_best = {seed: _find(Run(cell, best, seed), records) for seed in cell.seeds}
@@ -90,6 +94,11 @@ def state_of(cell: Cell, records: list[Record]) -> State:
         missing = [Run(cell, best, seed) for seed, record in of_best.items() if record is None]
     present = [record for record in of_best.values() if record is not None]
     return State(cell, tried, best, present, missing, num_later)
+
+
+def _num_missing_seeds(cell: Cell, rate: float, records: list[Record]) -> int:
+    """Of all seeds but the first."""
+    return sum(_find(Run(cell, rate, seed), records) is None for seed in cell.seeds[1:])
 
 
 def _find(run: Run, records: list[Record]) -> Record | None:

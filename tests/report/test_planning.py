@@ -43,6 +43,9 @@ def test_exactly_what_is_missing_is_planned() -> None:
     state = planning.state_of(cell(), tried)
     assert wanted(state) == [(1e-3, 42)]
     assert state.num_later == 1
+    with_second_seed = planning.state_of(cell(), [*tried, done(1e-3, 0.6, seed=7)])
+    assert wanted(with_second_seed) == [(1e-3, 42)]
+    assert with_second_seed.num_later == 0
 
 
 def test_a_grid_whose_edge_is_best_grows_on_that_side_until_it_is_not() -> None:
