@@ -10,10 +10,9 @@ Two problems whose stochastic gradients are those of mini-batches:
 Each run has its own T, as in the theorems, whose constants differ from method to method: c is the
 best of a grid on a problem drawn anew. The slope is fitted in log-log over the longer runs: the
 theorems bound what happens in the limit, and a power below 1 at these T only says that it is not
-reached. Three methods: AMSGrad; the
-algorithm that the paper analyses, which keeps exponential averages with AMSGrad's maximum and
-rounds the error feedback stochastically; and MicroAdam as it ships, which no theorem covers: a
-window, no maximum, rounding to nearest.
+reached. Three methods: AMSGrad; the algorithm that the paper analyses, which keeps exponential
+averages with AMSGrad's maximum and rounds the error feedback stochastically; and MicroAdam as it
+ships, which no theorem covers: a window, no maximum, rounding to nearest.
 
 All seeds run at once: a seed is one block of one parameter, and nothing crosses a block.
 """
