@@ -35,10 +35,12 @@ class ModelConfig:
     path: str | None = None  # folder of a saved transformers model; used before hub and package
     hub_id: str | None = None
     package: str | None = None  # installed Python package that carries the weights
+    num_layers: int | None = None  # only the first of the pretrained layers; None: all
     architecture: dict[str, Any] = field(default_factory=dict)  # a transformers config
 
     def __post_init__(self) -> None:
         require_choice("model.weights", self.weights, "pretrained", "random")
+        require_positive("model", self, "num_layers")
         has_source = self.path or self.hub_id or self.package
         require(
             self.weights == "random" or bool(has_source),

@@ -1,12 +1,13 @@
-"""SIGTERM and SIGUSR1: what a cluster sends before it takes the machine away.
+"""Ctrl-C; and SIGTERM and SIGUSR1, which a cluster sends before it takes the machine away.
 
-While a run trains they wait for the end of the step, and a checkpoint is written. Elsewhere nothing
-is lost, so they end the process at once. Either way it exits with `EXIT_CODE`, which a batch script
-takes as "queue me again".
+While a run trains they wait for the end of the step, and a checkpoint is written; a second Ctrl-C
+does not wait. Elsewhere nothing is lost, so they end the process at once. After the cluster's
+signals it exits with `EXIT_CODE`, which a batch script takes as "queue me again".
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from experiments import distributed
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
@@ -29,9 +30,15 @@ class Interruption:
         self._waits = False
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
+        is_first = self.signal_name is None
         self.signal_name = signal.Signals(number).name
         if not self._waits:
             self.exit("nothing is lost")
+        if number == signal.SIGINT:
+            if not is_first:
+                raise KeyboardInterrupt
+            # Not print, which may be what was interrupted.
+            os.write(2, b"\nwriting a checkpoint after this step; Ctrl-C again stops at once\n")
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -46,8 +53,11 @@ class Interruption:
         """Ends the process.
 
         Raises:
-            SystemExit: with `EXIT_CODE`.
+            KeyboardInterrupt: after Ctrl-C.
+            SystemExit: with `EXIT_CODE`, after another signal.
         """
+        if self.signal_name == signal.SIGINT.name:
+            raise KeyboardInterrupt
         if distributed.rank() == 0:
             name = self.signal_name or "a signal to another process"
             tqdm.write(f"stopped by {name}: {what_was_kept}; the same command goes on", sys.stderr)
@@ -58,7 +68,10 @@ class Interruption:
 def handled() -> Iterator[Interruption]:
     """Handles the signals while the block runs."""
     interruption = Interruption()
-    previous = {number: signal.signal(number, interruption._on_signal) for number in _SIGNALS}
+    previous = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number, handler in previous.items():
+        if handler != signal.SIG_IGN:  # as in the background of a shell script, against Ctrl-C
+            signal.signal(number, interruption._on_signal)
     try:
         yield interruption
     finally:

@@ -21,7 +21,7 @@ from transformers import (
 
 from experiments import pretrained
 from experiments.config import ModelConfig
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, require
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,10 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
         return LoadedModel(model, tokenizer, "random")
     location, source = pretrained.locate(config)
     try:
+        if config.num_layers is not None:
+            _require_layers(config.num_layers, location)
+            settings["num_hidden_layers"] = config.num_layers
+            source += f", first {config.num_layers} layers"
         model = model_class.from_pretrained(location, dtype=torch.float32, **settings)
         tokenizer = AutoTokenizer.from_pretrained(location)
     except OSError as error:
@@ -93,6 +97,17 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id  # ends a text for a causal classifier
     return LoadedModel(model, tokenizer, source)
+
+
+def _require_layers(num_layers: int, location: str) -> None:
+    """More than the weights have would be random ones."""
+    num_pretrained = transformers.AutoConfig.from_pretrained(location).num_hidden_layers
+    require(
+        num_layers <= num_pretrained,
+        "model.num_layers",
+        num_layers,
+        f"{location} has weights of {num_pretrained}",
+    )
 
 
 def _on_meta(

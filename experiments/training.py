@@ -64,7 +64,7 @@ def train(
     A loss that is no longer finite ends the training; it is then the last in the run's metrics.
 
     Raises:
-        SystemExit: a signal came; a checkpoint of the last full step is there.
+        KeyboardInterrupt, SystemExit: a signal came; a checkpoint of the last full step is there.
     """
     config, task, optimizer = setup.config, setup.task, setup.optimizer
     training = config.training

@@ -75,6 +75,29 @@ def test_a_signal_while_training_leaves_a_checkpoint_of_that_step(
     assert outcome(config) == undisturbed
 
 
+def test_ctrl_c_leaves_a_checkpoint_and_a_second_one_does_not_wait_for_it(
+    composed: Compose, quick: tuple[str, ...], undisturbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed(*quick)
+
+    def press_ctrl_c() -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def press_it_twice() -> None:
+        press_ctrl_c()
+        press_ctrl_c()
+
+    for step, action, newest in [(6, press_ctrl_c, 6), (7, press_it_twice, 6)]:
+        with monkeypatch.context() as patch:
+            at_step(step, patch, action)
+            with pytest.raises(KeyboardInterrupt):
+                execute(config)
+        assert checkpoint_names(config)[-1] == f"step-{newest:08}.pt"
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    execute(config)
+    assert outcome(config) == undisturbed
+
+
 def test_a_signal_while_evaluating_ends_the_run_at_once_and_loses_nothing(
     composed: Compose, quick: tuple[str, ...], undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
