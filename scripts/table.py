@@ -2,6 +2,7 @@
 
     python -m scripts.table table1                                       mini scale
     python -m scripts.table table1 --dry                                 only what would run
+    python -m scripts.table table1 --jobs 2                              two runs at a time
     python -m scripts.table table1 --scale paper --hardware a100_80gb --launcher submitit_slurm
 
 It can be stopped at any time; the same command goes on (after --fresh, with the moment that is
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import subprocess
+import re
 import sys
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -33,11 +34,10 @@ from experiments.report import formats, planning, records, tables
 from experiments.report.planning import Cell, Run, State
 from experiments.report.records import Record
 from run import compose
+from scripts.jobs import Jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("results")
-_INTERRUPTED = 130  # run.py's exit code after Ctrl-C
-_PREEMPTED = 75  # and after SIGTERM and SIGUSR1
 _QUEUES = {"submitit_slurm"}  # launchers that only hand jobs over: they get all rows at once
 
 
@@ -83,23 +83,24 @@ def read(name: str) -> Definition:
     return Definition(name=name, **values)
 
 
-def print_plan(states: list[State], found: list[Record]) -> None:
+def print_plan(states: list[State], found: list[Record], num_jobs: int) -> None:
     """How many runs of each cell exist, how many are missing, and what these will take."""
     names = [f"{state.cell.model}, {state.cell.optimizer}" for state in states]
     for name, state in zip(names, states, strict=True):
-        num_found = len({*state.tried.values(), *state.records})
+        num_found = len(state.all_records)
         num_missing = len(state.missing) + state.num_later
         line = f"  {name:<{max(map(len, names))}}  {num_found} of {num_found + num_missing} runs"
         if num_missing:
             peak = formats.size(_planned_peak_bytes(state.cell))
-            line += f"; missing: {_time_text([state], found)}, planned peak memory {peak}"
+            line += f"; missing: {_time_text([state], found, num_jobs)}, planned peak memory {peak}"
         print(line, flush=True)
     num_missing = sum(len(state.missing) + state.num_later for state in states)
-    print(f"  {num_missing} missing: {_time_text(states, found)}" if num_missing else "  all exist")
+    time_text = _time_text(states, found, num_jobs)
+    print(f"  {num_missing} missing: {time_text}" if num_missing else "  all exist")
 
 
-def _time_text(states: list[State], found: list[Record]) -> str:
-    """How long all missing runs take, one after the other."""
+def _time_text(states: list[State], found: list[Record], num_jobs: int) -> str:
+    """How long all missing runs take, so many at a time."""
     seconds = 0.0
     for state in states:
         if state.missing:
@@ -107,7 +108,7 @@ def _time_text(states: list[State], found: list[Record]) -> str:
             if of_one is None:
                 return "unknown time"
             seconds += of_one * (len(state.missing) + state.num_later)
-    return f"about {formats.duration(seconds)}"
+    return f"about {formats.duration(seconds / num_jobs)}"
 
 
 def _planned_peak_bytes(cell: Cell) -> int:
@@ -119,25 +120,40 @@ def _planned_peak_bytes(cell: Cell) -> int:
 def do_missing(cells: list[Cell], options: argparse.Namespace) -> tuple[list[State], list[str]]:
     """Does what is missing, and says what failed."""
     attempted: set[str] = set()
-    while True:
-        found = records.load(options.results_dir)
-        states = states_of(cells, found, options.fresh)
-        missing = [run for state in states for run in state.missing]
-        todo = [run for run in missing if str(run) not in attempted]
-        if not todo:
-            return states, [str(run) for run in missing]
-        if options.launcher not in {None, *_QUEUES}:
-            todo = [run for run in todo if run.cell is todo[0].cell]
-        if options.launcher is None:
-            num_later = sum(state.num_later for state in states)
-            num_runs = len(attempted) + len(todo) + num_later
-            todo = todo[:1]
-            bar = tqdm.format_meter(
-                len(attempted), num_runs, 0, bar_format="{bar:30} {n_fmt} of {total_fmt} runs"
-            )
-            print(f"\n{bar}, {_time_text(states, found)} left\n{todo[0]}", flush=True)
-        _start_and_wait(_commands(todo, options))
-        attempted |= {str(run) for run in todo}
+    limit = options.jobs if options.launcher is None else 1
+    with Jobs(None if options.launcher in _QUEUES else limit, ROOT) as jobs:
+        while True:
+            found = records.load(options.results_dir)
+            states = states_of(cells, found, options.fresh)
+            missing = [run for state in states for run in state.missing]
+            todo = [run for run in missing if str(run) not in attempted]
+            num_runs = len(attempted) + len(todo) + sum(state.num_later for state in states)
+            for runs in _grouped(todo, options.launcher)[: jobs.num_free]:
+                num_done = len(attempted) - jobs.num_running
+                bar = tqdm.format_meter(
+                    num_done, num_runs, 0, bar_format="{bar:30} {n_fmt} of {total_fmt} runs"
+                )
+                print(f"\n{bar}, {_time_text(states, found, options.jobs)} left")
+                print(*runs, sep="\n", flush=True)
+                log = _log(runs[0], options) if limit > 1 else None
+                jobs.start(_command(runs, options), log)
+                attempted |= {str(run) for run in runs}
+            if jobs.num_running == 0:
+                return states, [str(run) for run in missing]
+            jobs.wait_for_one()
+
+
+def _grouped(runs: list[Run], launcher: str | None) -> list[list[Run]]:
+    """What one process does: a run; with a launcher the runs of a cell, side by side."""
+    if launcher is None:
+        return [[run] for run in runs]
+    groups = itertools.groupby(runs, lambda run: run.cell.overrides)
+    return [list(group) for _, group in groups]
+
+
+def _log(run: Run, options: argparse.Namespace) -> Path:
+    name = re.sub(r"[^\w.-]+", "-", str(run))
+    return options.results_dir.resolve() / "runs" / "logs" / f"{options.table}-{name}.log"
 
 
 def states_of(cells: list[Cell], found: list[Record], since: datetime | None) -> list[State]:
@@ -150,46 +166,24 @@ def states_of(cells: list[Cell], found: list[Record], since: datetime | None) ->
     return [planning.state_of(cell, counted) for cell in cells]
 
 
-def _commands(runs: list[Run], options: argparse.Namespace) -> list[list[str]]:
-    """One for each run; with a launcher one for each cell, whose runs it does side by side."""
-    common = [sys.executable, "run.py"]
+def _command(runs: list[Run], options: argparse.Namespace) -> list[str]:
+    """Of runs of one cell: either several rates with one seed or several seeds with one rate."""
+    command = [sys.executable, "run.py"]
     if options.launcher is not None:
-        common += ["--multirun", f"hydra/launcher={options.launcher}"]
+        command += ["--multirun", f"hydra/launcher={options.launcher}"]
     if options.fresh:
-        common.append("force=true")
+        command.append("force=true")
     if options.results_dir != RESULTS:
-        common.append(f"results_dir={options.results_dir.resolve()}")
-    if options.launcher is None:
-        groups = [[run] for run in runs]
-    else:
-        groups = [
-            list(group) for _, group in itertools.groupby(runs, lambda run: run.cell.overrides)
-        ]
-    commands = []
-    for group in groups:
-        # Either several rates with one seed or several seeds with one rate: their product is these.
-        rates = ",".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in group}))
-        seeds = ",".join(str(seed) for seed in sorted({run.seed for run in group}))
-        own = [*group[0].cell.overrides, f"optimizer.lr={rates}", f"seed={seeds}"]
-        commands.append([*common, *own])
-    return commands
+        command.append(f"results_dir={options.results_dir.resolve()}")
+    rates = ",".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in runs}))
+    seeds = ",".join(str(seed) for seed in sorted({run.seed for run in runs}))
+    return [*command, *runs[0].cell.overrides, f"optimizer.lr={rates}", f"seed={seeds}"]
 
 
-def _start_and_wait(commands: list[list[str]]) -> None:
-    """An exit code needs no look: a run that failed has said so, and has no record.
-
-    Raises:
-        KeyboardInterrupt: here or in one of the processes.
-    """
-    processes = [subprocess.Popen(command, cwd=ROOT) for command in commands]
-    try:
-        codes = [process.wait() for process in processes]
-    except KeyboardInterrupt:
-        for process in processes:  # has it too, and ends by itself
-            process.wait()
-        raise
-    if {_INTERRUPTED, _PREEMPTED} & {*codes}:
-        raise KeyboardInterrupt
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be 1 or more")
+    return int(text)
 
 
 def _moment(text: str) -> datetime:
@@ -207,6 +201,12 @@ def arguments(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--scale", default=tables.DEFAULT_SCALE)
     parser.add_argument("--hardware", default="auto", help="a file of configs/hardware")
     parser.add_argument("--launcher", help="of Hydra, such as joblib or submitit_slurm")
+    parser.add_argument(
+        "--jobs",
+        type=_count,
+        default=1,
+        help="runs at a time on this machine, without a launcher; they share its cores",
+    )
     parser.add_argument("--dry", action="store_true", help="only plan")
     parser.add_argument(
         "--fresh",
@@ -228,7 +228,7 @@ def make_table(options: argparse.Namespace) -> None:
     cells = definition.cells(options.scale, options.hardware)
     found = records.load(options.results_dir)
     print(f"{title} ({options.scale} scale)")
-    print_plan(states_of(cells, found, options.fresh), found)
+    print_plan(states_of(cells, found, options.fresh), found, options.jobs)
     if options.dry:
         return
     states, failed = do_missing(cells, options)
@@ -256,7 +256,7 @@ def main() -> None:
         if options.fresh is not None:
             how = f"with FRESH={options.fresh.isoformat()} it goes on"
         print(f"\ninterrupted; {how}", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -163,8 +163,9 @@ def _learning_rates(table: Table, figures_dir: Path) -> Figure | None:
         ax.minorticks_off()
         ax.legend()
     sentence = (
-        "Training loss over the last tenth of the steps, by learning rate, one seed; a vertical "
-        "line is a rate that diverged."
+        "Training loss over the last tenth of the steps, by learning rate: of the first seed, or "
+        "where a rate was the best so far, the mean of all. A vertical line is a rate that "
+        "diverged."
     )
     title = f"Learning rates: {_short(table)}"
     return save(drawing, figures_dir, f"lr_{table.file_stem}", title, sentence)

@@ -96,12 +96,12 @@ def _data(all_tables: Sequence[Table], by_file: dict[str, Record]) -> dict[str, 
 
 
 def _curves_of(row: Row) -> dict[str, Any]:
-    others = [trial.record for trial in row.trials if trial.record not in row.records]
+    tried = [file for trial in row.trials for file in trial.records]
     return {
         "optimizer": row.optimizer,
         "colour": colour(row.optimizer),
         "records": row.records,
-        "others": others,
+        "others": [file for file in tried if file not in row.records],
     }
 
 

@@ -1,20 +1,24 @@
 """Which runs a table is made of, which of them are missing, and which learning rate is best.
 
-Every rate of the grid is tried with the first seed; the other seeds run at the best rate alone. The
-best rate has the lowest training loss, so the reported score takes no part in choosing it. While
-the best of several rates is the lowest or the highest, the grid grows on that side.
+Every rate of the grid is tried with the first seed. The best so far then runs with the other seeds
+too, until the best has all of them: a rate that did well by luck loses its place to the next. The
+best rate has the lowest training loss, a mean over its seeds, so the reported score takes no part
+in choosing it. While the best of several rates is the lowest or the highest, the grid grows on that
+side.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from experiments.report import formats
 from experiments.report.records import Record
 
-SELECTED_BY = "train/final_loss"
+_SELECTED_BY = "train/final_loss"
 _WIDENING = 2.0  # ratio between a grid's edge and the rate added beyond it
 _MAX_WIDENINGS = 3  # on one side
 
@@ -54,11 +58,19 @@ class State:
     """How far a cell is."""
 
     cell: Cell
-    tried: dict[float, Record]  # with the first seed, by rate, ascending
-    best: float | None  # rate; None where none is tried or all diverged
-    records: list[Record]  # at the best rate, in the order of the seeds
+    tried: dict[float, dict[int, Record]]  # by rate, ascending, and seed; has each rate's first
+    best: float | None  # rate, so far; None where none is tried or all diverged
     missing: list[Run]  # that can run now
-    num_later: int  # that can run once the best rate is known; at least so many
+    num_later: int  # that can run once all rates are tried; at least so many
+
+    @property
+    def records(self) -> list[Record]:
+        """At the best rate, in the order of the seeds."""
+        return [] if self.best is None else list(self.tried[self.best].values())
+
+    @property
+    def all_records(self) -> list[Record]:
+        return [record for by_seed in self.tried.values() for record in by_seed.values()]
 
     @property
     def is_best_at_edge(self) -> bool:
@@ -70,10 +82,11 @@ def state_of(cell: Cell, records: list[Record]) -> State:
     """What ``records``, the newest first, hold of ``cell``: of one source of data and weights."""
     records = [r for r in records if r.is_run_of(Run(cell, r.learning_rate, r.seed).config)]
     records = [r for r in records if r.sources == records[0].sources]
+    first, *others = cell.seeds
     rates = list(cell.learning_rates)
     while True:
-        found = {rate: _find(Run(cell, rate, cell.seeds[0]), records) for rate in sorted(rates)}
-        tried = {rate: record for rate, record in found.items() if record is not None}
+        by_rate = {rate: _by_seed(cell, rate, records) for rate in sorted(rates)}
+        tried = {rate: by_seed for rate, by_seed in by_rate.items() if first in by_seed}
         best = min(tried, key=lambda rate: _score(tried[rate])) if tried else None
         added = None
         if best is not None and len(tried) == len(rates):
@@ -81,32 +94,40 @@ def state_of(cell: Cell, records: list[Record]) -> State:
         if added is None:
             break
         rates.append(added)
-    missing = [Run(cell, rate, cell.seeds[0]) for rate in rates if rate not in tried]
+    missing = [Run(cell, rate, first) for rate in rates if rate not in tried]
     # At whichever of these rates turns out the best: the other seeds may be there already.
     candidates = [run.learning_rate for run in missing] + ([] if best is None else [best])
     num_later = 0
     if missing:
-        num_later = min(_num_missing_seeds(cell, rate, records) for rate in candidates)
-    if best is None or tried[best].has_diverged:
-        return State(cell, tried, None, [], missing, num_later)
-    of_best = {seed: _find(Run(cell, best, seed), records) for seed in cell.seeds}
+        num_later = min(sum(seed not in by_rate[rate] for seed in others) for rate in candidates)
+    if best is None or all(record.has_diverged for record in tried[best].values()):
+        return State(cell, tried, None, missing, num_later)
     if not missing:
-        missing = [Run(cell, best, seed) for seed, record in of_best.items() if record is None]
-    present = [record for record in of_best.values() if record is not None]
-    return State(cell, tried, best, present, missing, num_later)
+        missing = [Run(cell, best, seed) for seed in others if seed not in tried[best]]
+    return State(cell, tried, best, missing, num_later)
 
 
-def _num_missing_seeds(cell: Cell, rate: float, records: list[Record]) -> int:
-    """Of all seeds but the first."""
-    return sum(_find(Run(cell, rate, seed), records) is None for seed in cell.seeds[1:])
+def _by_seed(cell: Cell, rate: float, records: list[Record]) -> dict[int, Record]:
+    """What exists of the cell at this rate, in the order of its seeds."""
+    configs = {seed: Run(cell, rate, seed).config for seed in cell.seeds}
+    found = {
+        seed: next((record for record in records if record.is_run_of(config)), None)
+        for seed, config in configs.items()
+    }
+    return {seed: record for seed, record in found.items() if record is not None}
 
 
-def _find(run: Run, records: list[Record]) -> Record | None:
-    return next((record for record in records if record.is_run_of(run.config)), None)
+def _score(by_seed: dict[int, Record]) -> tuple[int, float]:
+    """Lower is better: how many seeds diverged, then the mean loss of the others."""
+    loss = mean_loss(by_seed.values())
+    num_diverged = sum(record.has_diverged for record in by_seed.values())
+    return num_diverged, math.inf if loss is None else loss
 
 
-def _score(record: Record) -> float:
-    return math.inf if record.has_diverged else record.metrics[SELECTED_BY]
+def mean_loss(records: Iterable[Record]) -> float | None:
+    """The training loss that rates are compared by; None where all diverged."""
+    losses = [r.metrics[_SELECTED_BY] for r in records if not r.has_diverged]
+    return statistics.fmean(losses) if losses else None
 
 
 def _beyond(best: float, rates: list[float], cell: Cell) -> float | None:

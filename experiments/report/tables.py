@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.report import formats
-from experiments.report.planning import SELECTED_BY, State
+from experiments.report.planning import State, mean_loss
 from experiments.report.records import Record
 
 DEFAULT_SCALE = "mini"  # whose table has no scale in its file name
@@ -45,11 +45,11 @@ class Value:
 
 @dataclass(frozen=True)
 class Trial:
-    """A learning rate, tried with the first seed."""
+    """A learning rate, tried with the first seed or, as the best so far, with all."""
 
     learning_rate: float
-    loss: float | None  # None: diverged
-    record: str
+    loss: float | None  # mean over the seeds; None: all diverged
+    records: list[str]
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Table:
     @property
     def all_records(self) -> list[str]:
         """Files of every run behind the table, those at other learning rates included."""
-        of_trials = [trial.record for row in self.rows for trial in row.trials]
-        return sorted({*of_trials, *(file for row in self.rows for file in row.records)})
+        trials = [trial for row in self.rows for trial in row.trials]
+        return sorted(file for trial in trials for file in trial.records)
 
     @property
     def file_stem(self) -> str:
@@ -129,7 +129,7 @@ def make(
     name: str, scale: str, title: str, columns: list[Column], states: list[State], notes: list[str]
 ) -> Table:
     """The table of all cells; ``notes`` open its caption."""
-    used = [r for state in states for r in {*state.records, *state.tried.values()}]
+    used = [record for state in states for record in state.all_records]
     rows = [_row(state, columns) for state in states]
     caption = [f"{scale.capitalize()} scale.", *notes]
     num_missing = sum(len(state.missing) + state.num_later for state in states)
@@ -142,7 +142,7 @@ def make(
 
 def _row(state: State, columns: list[Column]) -> Row:
     finished = [record for record in state.records if not record.has_diverged]
-    shown = state.records or list(state.tried.values())[:1]  # where all diverged, one of them
+    shown = state.records or state.all_records[:1]  # where all diverged, one of them
     return Row(
         model=state.cell.model,
         optimizer=state.cell.optimizer,
@@ -153,8 +153,8 @@ def _row(state: State, columns: list[Column]) -> Row:
         num_diverged=len(shown) - len(finished),
         records=[record.file for record in shown],
         trials=[
-            Trial(rate, None if r.has_diverged else r.metrics[SELECTED_BY], r.file)
-            for rate, r in state.tried.items()
+            Trial(rate, mean_loss(by_seed.values()), [r.file for r in by_seed.values()])
+            for rate, by_seed in state.tried.items()
         ],
         data_source=_listed(record.values["data_source"] for record in shown),
         machine=_listed(record.machine for record in shown),
@@ -187,8 +187,8 @@ def _selection(states: list[State]) -> list[str]:
     if any(len(state.cell.learning_rates) > 1 for state in states):
         sentences.append(
             "Learning rate: the one with the lowest training loss over the last tenth of the "
-            f"steps, tried with seed {states[0].cell.seeds[0]}; the score took no part. "
-            "* the best is the lowest or the highest that was tried."
+            f"steps; each is tried with seed {states[0].cell.seeds[0]}, the best so far with all "
+            "seeds; the score took no part. * the best is the lowest or the highest that was tried."
         )
     else:
         sentences.append("Learning rate: one for each row, chosen beforehand.")

@@ -48,6 +48,31 @@ def test_exactly_what_is_missing_is_planned() -> None:
     assert with_second_seed.num_later == 0
 
 
+def test_a_rate_that_did_well_by_luck_loses_its_place_to_the_next() -> None:
+    """As at mini scale: 62.6% with the first seed, 48.3% with another."""
+    found = [done(1e-4, 0.90), done(1e-3, 0.88), done(1e-2, 0.89)]
+    found.append(done(1e-3, 0.99, seed=7))
+    state = planning.state_of(cell(), found)
+    assert state.best == 1e-2
+    assert wanted(state) == [(2e-2, 42)]  # the edge of the grid
+    found.append(done(2e-2, 0.95))
+    assert wanted(planning.state_of(cell(), found)) == [(1e-2, 7)]
+    found.append(done(1e-2, 0.90, seed=7))
+    complete = planning.state_of(cell(), found)
+    assert (complete.best, complete.missing) == (1e-2, [])
+    assert {record.seed for record in complete.records} == {42, 7}
+    assert len(complete.all_records) == len(found)
+    without = [record for record in found if record is not found[3]]
+    assert wanted(planning.state_of(cell(), without)) == [(1e-3, 7)]  # exactly what was deleted
+
+
+def test_a_rate_at_which_a_seed_diverges_is_worse_than_any_other() -> None:
+    found = [done(1e-4, 0.9), done(1e-3, 0.5), done(1e-2, 0.95)]
+    found.append(done(1e-3, 0.1, seed=7, status="diverged"))
+    state = planning.state_of(cell((1e-4, 1e-3, 1e-2)), found)
+    assert state.best == 1e-4
+
+
 def test_a_grid_whose_edge_is_best_grows_on_that_side_until_it_is_not() -> None:
     """A short run's best rate lay above every rate of the paper's grid."""
     tried = [done(1e-4, 0.9), done(1e-3, 0.8), done(1e-2, 0.7)]

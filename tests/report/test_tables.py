@@ -20,6 +20,7 @@ from experiments.report.records import Record
 from experiments.report.tables import Column, Table
 from run import compose
 from scripts import table as script
+from scripts.jobs import Jobs
 from tests.report.synthetic import record, write
 
 ROOT = Path(__file__).parents[2]
@@ -161,19 +162,28 @@ def test_records_of_two_sources_are_not_averaged() -> None:
 # The script, with run.py replaced by what it would leave
 
 
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
-    """The overrides of the runs that were started; each leaves a record of its composed config."""
-    started: list[list[str]] = []
+class Instant(Jobs):
+    """Instead of processes: each command leaves a record of its composed config."""
 
-    def finish(commands: list[list[str]]) -> None:
+    started: list[list[str]]  # the overrides of each
+    results_dir: Path
+
+    def start(self, command: list[str], log: Path | None = None) -> None:
+        self._running.append(command)
+
+    def wait_for_one(self) -> None:
+        commands, self._running = self._running, []
+        self.finish(commands)
+
+    @classmethod
+    def finish(cls, commands: list[list[str]]) -> None:
         for command in commands:
             overrides = [part for part in command[2:] if "=" in part and "results_dir" not in part]
-            started.append(overrides)
+            cls.started.append(overrides)
             config = dataclasses.asdict(compose(*overrides))
             year = 2999 if "force=true" in overrides else 2026
             write(
-                tmp_path,
+                cls.results_dir,
                 record(
                     task=config["task"]["name"],
                     model=config["model"]["name"],
@@ -186,8 +196,14 @@ def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
                 ),
             )
 
-    monkeypatch.setattr(script, "_start_and_wait", finish)
-    return started
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """The overrides of the runs that were started."""
+    monkeypatch.setattr(Instant, "started", [], raising=False)
+    monkeypatch.setattr(Instant, "results_dir", tmp_path, raising=False)
+    monkeypatch.setattr(script, "Jobs", Instant)
+    return Instant.started
 
 
 def make_table(results_dir: Path, *arguments: str) -> None:
@@ -229,20 +245,20 @@ def test_an_interrupted_fresh_table_says_how_it_goes_on_and_then_does_the_rest(
 ) -> None:
     make_table(tmp_path)
     ran.clear()
-    finish = script._start_and_wait
+    finish = Instant.finish
 
     def interrupted_by_the_third(commands: list[list[str]]) -> None:
         if len(ran) == 2:
             raise KeyboardInterrupt
         finish(commands)
 
-    monkeypatch.setattr(script, "_start_and_wait", interrupted_by_the_third)
+    monkeypatch.setattr(Instant, "finish", staticmethod(interrupted_by_the_third))
     own = ["table1", "--scale", "smoke", "--results-dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["table", *own, "--fresh"])
     with pytest.raises(SystemExit, match="130"):
         script.main()
     (since,) = re.findall(r"with FRESH=(\S+) it goes on", capsys.readouterr().err)
-    monkeypatch.setattr(script, "_start_and_wait", finish)
+    monkeypatch.setattr(Instant, "finish", staticmethod(finish))
     make_table(tmp_path, "--fresh", since)
     optimizers = [part for overrides in ran for part in overrides if part.startswith("optimizer=")]
     names = ["microadam", "adamw", "adam8bit", "came", "galore"]
@@ -252,21 +268,22 @@ def test_an_interrupted_fresh_table_says_how_it_goes_on_and_then_does_the_rest(
 def test_a_failed_run_leaves_its_cells_empty_and_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ran: list[list[str]]
 ) -> None:
-    finish = script._start_and_wait
+    finish = Instant.finish
 
     def fail_for_came(commands: list[list[str]]) -> None:
         finish([command for command in commands if "optimizer=came" not in command])
 
-    monkeypatch.setattr(script, "_start_and_wait", fail_for_came)
+    monkeypatch.setattr(Instant, "finish", staticmethod(fail_for_came))
     with pytest.raises(ExperimentError, match=r"without a record.*CAME on tiny BERT"):
         make_table(tmp_path)
     assert "| tiny BERT | CAME |  |" in (tmp_path / "table1_smoke.md").read_text()
 
 
+@pytest.mark.usefixtures("ran")
 def test_where_nothing_ran_no_table_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(script, "_start_and_wait", lambda _: None)
+    monkeypatch.setattr(Instant, "finish", staticmethod(lambda _: None))
     with pytest.raises(ExperimentError, match="no run has a record, so no table was written"):
         make_table(tmp_path)
     assert not list(tmp_path.glob("table*"))
@@ -276,29 +293,36 @@ def test_a_launcher_gets_the_runs_of_a_row_as_one_sweep(tmp_path: Path) -> None:
     grid = Cell("m", "o", ("task=mnli",), record()["config"], (1e-4, 1e-3), (42,))
     runs = planning.state_of(grid, []).missing
     options = script.arguments(["table1", "--launcher", "joblib"])
-    (command,) = script._commands(runs, options)
+    (group,) = script._grouped(runs, "joblib")
+    command = script._command(group, options)
     assert command[1:4] == ["run.py", "--multirun", "hydra/launcher=joblib"]
     assert command[4:] == ["task=mnli", "optimizer.lr=0.0001,0.001", "seed=42"]
 
 
 @pytest.mark.parametrize(
-    ("launcher", "num_at_once"), [(None, [1] * 5), ("joblib", [1] * 5), ("submitit_slurm", [5])]
+    ("arguments", "num_at_once"),
+    [
+        ([], [1] * 5),
+        (["--jobs", "2"], [2, 2, 1]),
+        (["--launcher", "joblib"], [1] * 5),
+        (["--launcher", "submitit_slurm"], [5]),
+    ],
 )
-def test_rows_start_together_only_where_the_launcher_queues_them(
+def test_so_many_start_together(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     ran: list[list[str]],
-    launcher: str | None,
+    arguments: list[str],
     num_at_once: list[int],
 ) -> None:
-    finish, started = script._start_and_wait, []
+    finish, started = Instant.finish, []
 
     def counted(commands: list[list[str]]) -> None:
         started.append(len(commands))
         finish([[part for part in command if "launcher" not in part] for command in commands])
 
-    monkeypatch.setattr(script, "_start_and_wait", counted)
-    make_table(tmp_path, *([] if launcher is None else ["--launcher", launcher]))
+    monkeypatch.setattr(Instant, "finish", staticmethod(counted))
+    make_table(tmp_path, *arguments)
     assert started == num_at_once
     assert len(ran) == 5
 

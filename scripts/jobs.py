@@ -1,0 +1,91 @@
+"""Processes side by side, each of them a run or a sweep of run.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+
+_POLL_S = 0.2
+_INTERRUPTED = 130  # run.py's exit code after Ctrl-C
+_PREEMPTED = 75  # and after SIGTERM and SIGUSR1
+
+
+@dataclass(frozen=True)
+class _Job:
+    process: subprocess.Popen[bytes]
+    log: Path | None
+
+
+class Jobs:
+    """At most ``limit`` processes at a time; None: any number.
+
+    Leaving the block waits for all of them. A SIGTERM that comes in it is passed on to them.
+    """
+
+    def __init__(self, limit: int | None, folder: Path) -> None:
+        self._limit = limit
+        self._folder = folder
+        self._running: list[_Job] = []
+
+    def __enter__(self) -> Jobs:
+        self._handler = signal.signal(signal.SIGTERM, self._pass_on)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for job in self._running:  # after Ctrl-C they have it too, and end by themselves
+            job.process.wait()
+        signal.signal(signal.SIGTERM, self._handler)
+
+    def _pass_on(self, number: int, _: FrameType | None) -> None:
+        for job in self._running:
+            job.process.send_signal(number)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_free(self) -> int | None:
+        """How many more may start now; None: any number."""
+        return None if self._limit is None else self._limit - len(self._running)
+
+    def start(self, command: list[str], log: Path | None = None) -> None:
+        """``log`` takes its output and errors; None: the terminal does."""
+        if log is None:
+            self._running.append(_Job(subprocess.Popen(command, cwd=self._folder), None))
+            return
+        log.parent.mkdir(parents=True, exist_ok=True)
+        num_threads = max(1, len(os.sched_getaffinity(0)) // (self._limit or 1))
+        environment = {"OMP_NUM_THREADS": str(num_threads), **os.environ}
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command, cwd=self._folder, env=environment, stdout=file, stderr=file
+            )
+        self._running.append(_Job(process, log))
+
+    def wait_for_one(self) -> None:
+        """Until one has ended. A failure needs no look: it has left no record.
+
+        Raises:
+            KeyboardInterrupt: one was interrupted.
+        """
+        ended: list[_Job] = []
+        while not ended:
+            ended = [job for job in self._running if job.process.poll() is not None]
+            time.sleep(0 if ended else _POLL_S)
+        self._running = [job for job in self._running if job not in ended]
+        if {_INTERRUPTED, _PREEMPTED} & {job.process.returncode for job in ended}:
+            raise KeyboardInterrupt
+        for job in ended:
+            if job.process.returncode != 0 and job.log is not None:
+                print(f"failed, see {job.log}", flush=True)
