@@ -17,8 +17,9 @@ GRID = "#d8dee9"
 
 COLOURS = {
     "MicroAdam": "#d9480f",
+    "MicroAdam, m = 20": "#f08c00",
     "Adam": "#1971c2",
-    "Adam-8bit": "#0c8599",
+    "Adam-8bit": "#15aabf",
     "CAME": "#9c36b5",
     "GaLore": "#b08900",
     "SGD": "#868e96",

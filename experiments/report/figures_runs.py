@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +17,11 @@ from matplotlib.figure import Figure as Drawing
 from experiments.report import formats, memory, records, tables
 from experiments.report.figure import COLOURS, INK, STYLE, Figure, save
 from experiments.report.records import Record
-from experiments.report.tables import Row, Table
+from experiments.report.tables import Column, Row, Table
 
 _SMOOTHING = 9  # points of a curve in a moving mean
+_DASHES: tuple[tuple[float, ...], ...] = ((), (3, 3), (1, 1.5))  # in widths of the line
+_MAX_STRETCH = 4  # of an axis, to show the score before training
 _PART_NAMES = ("parameters", "gradients", "optimizer state", "activations")
 _PART_COLOURS = ("#adb5bd", "#ced4da", "#d9480f", "#e9ecef")
 _BASELINE = "AdamW (fused)"
@@ -39,7 +42,7 @@ def draw(results_dir: Path, figures_dir: Path) -> list[Figure]:
 
 
 def colour(optimizer: str) -> str:
-    """Of the optimizer that the label begins with: variants share a colour."""
+    """Of the longest name in COLOURS that the label begins with."""
     label = optimizer.replace("AdamW", "Adam").replace("Adam8bit", "Adam-8bit")
     for name in sorted(COLOURS, key=len, reverse=True):
         if label.startswith(name):
@@ -47,13 +50,14 @@ def colour(optimizer: str) -> str:
     return INK
 
 
-def _styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Colour and dashes of each row's line: further variants of an optimizer are dashed."""
-    colours = [colour(row.optimizer) for row in rows]
-    dashes = ["-", (0, (4, 2)), (0, (1, 1.5))]
+def styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Of each row's line. Variants of an optimizer, such as Adam-8bit, may lie on its first line:
+    they are dashed, with smaller markers."""
+    names = [re.split("[-,]", row.optimizer.replace("AdamW", "Adam"))[0] for row in rows]
+    earlier = [names[:index].count(name) % len(_DASHES) for index, name in enumerate(names)]
     return [
-        {"color": own, "linestyle": dashes[colours[:index].count(own) % len(dashes)]}
-        for index, own in enumerate(colours)
+        {"color": colour(row.optimizer), "dashes": _DASHES[count], "markersize": 8 - 3 * count}
+        for row, count in zip(rows, earlier, strict=True)
     ]
 
 
@@ -73,7 +77,7 @@ def _losses(table: Table, by_file: dict[str, Record], figures_dir: Path) -> Figu
         return None
     drawing, axes = _panels(len(models))
     for ax, (model, rows) in zip(axes, models, strict=True):
-        for row, style in zip(rows, _styles(rows), strict=True):
+        for row, style in zip(rows, styles(rows), strict=True):
             curve = by_file[row.records[0]].values["curve"]
             steps, losses = curve["step"], curve["train/loss"]
             ax.plot(steps, losses, color=style["color"], alpha=0.18, linewidth=0.8)
@@ -99,8 +103,11 @@ def _short(table: Table) -> str:
 
 def _metric(row: Row, by_file: dict[str, Record], name: str) -> float:
     """Mean over the seeds that finished."""
-    found = [by_file[file] for file in row.records]
-    return statistics.fmean(r.metrics[name] for r in found if not r.has_diverged)
+    return statistics.fmean(record.metrics[name] for record in _finished(row, by_file))
+
+
+def _finished(row: Row, by_file: dict[str, Record]) -> list[Record]:
+    return [by_file[file] for file in row.records if not by_file[file].has_diverged]
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
@@ -122,24 +129,69 @@ def _score_against_state(
     unit = 100 if column.unit == "percent" else 1
     drawing, axes = _panels(len(models))
     for ax, (model, rows) in zip(axes, models, strict=True):
-        for i, row in enumerate(rows):
+        points = []
+        for row in rows:
             value = row.values[score]
-            if value is None:
-                continue
-            num_params = by_file[row.records[0]].values["num_params"]
-            x = _metric(row, by_file, "memory/state_bytes") / num_params
-            y, spread = unit * value.mean, None if value.std is None else unit * value.std
-            ax.errorbar(x, y, spread, fmt="o", markersize=8, color=colour(row.optimizer))
-            place = (0, -17 if i % 2 else 9)  # neighbours may be close
+            if value is not None:
+                num_params = by_file[row.records[0]].values["num_params"]
+                x = _metric(row, by_file, "memory/state_bytes") / num_params
+                points.append((x, unit * value.mean, unit * (value.std or 0), row.optimizer))
+        for x, y, spread, optimizer in points:
+            shade = colour(optimizer)
+            ax.errorbar(x, y, spread or None, fmt="o", markersize=8, capsize=4, color=shade)
+            # The name stands at the bar's end, away from the nearest neighbour.
+            others = [point for point in points if point[0] != x]
+            nearest = min(others, key=lambda other: abs(other[0] - x), default=(x, y))
+            sign, side = (1, "bottom") if y >= nearest[1] else (-1, "top")
             ax.annotate(
-                row.optimizer, (x, y), place, textcoords="offset points", ha="center", fontsize=9
+                optimizer.replace(", ", ",\n"),
+                (x, y + sign * spread),
+                (0, sign * 7),
+                textcoords="offset points",
+                ha="center",
+                va=side,
+                fontsize=8.5,
             )
-        ax.margins(0.18)
+        ax.margins(0.1, 0.22)
         ax.set(title=model, xlabel="optimizer state, bytes a parameter", ylabel=column.label)
+        before = _before(rows, column, by_file)
+        if before is not None:
+            _mark_before(ax, unit * before)
     better = "Up" if column.unit == "percent" else "Down"
-    sentence = f"{better} and to the left is better: the same result with less memory."
+    sentence = (
+        f"{better} and to the left is better: the same result with less memory. A bar is the "
+        "standard deviation over seeds, to either side; a point without a bar is of one seed."
+    )
     title = f"Score against optimizer state: {_short(table)}"
     return save(drawing, figures_dir, f"score_{table.file_stem}", title, sentence)
+
+
+def _before(rows: Sequence[Row], column: Column, by_file: dict[str, Record]) -> float | None:
+    """The score before training, a mean over all runs; None where one of them lacks it."""
+    names = [f"eval_before/{name.removeprefix('eval/')}" for name in column.metrics]
+    metrics = [record.metrics for row in rows for record in _finished(row, by_file)]
+    of_runs = [[own[name] for name in names if name in own] for own in metrics]
+    is_complete = bool(of_runs) and all(of_runs)
+    return statistics.fmean(map(statistics.fmean, of_runs)) if is_complete else None
+
+
+def _mark_before(ax: Any, score: float) -> None:
+    """As a line or, where that would press all points flat, in words at the edge beyond which it
+    lies."""
+    low, high = ax.get_ylim()
+    if max(high, score) - min(low, score) <= _MAX_STRETCH * (high - low):
+        ax.axhline(score, color=INK, linewidth=0.8, linestyle="--")
+        low, high = ax.get_ylim()
+    arrow = " ↑" if score > high else " ↓" if score < low else ""
+    ax.annotate(
+        f"before training: {score:.3g}{arrow}",
+        (0.99, min(max(score, low), high)),
+        (0, -9 if score > high else 3),
+        xycoords=ax.get_yaxis_transform(),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+    )
 
 
 def _learning_rates(table: Table, figures_dir: Path) -> Figure | None:
@@ -147,13 +199,17 @@ def _learning_rates(table: Table, figures_dir: Path) -> Figure | None:
     models = _by_model([row for row in table.rows if len(row.trials) > 1])
     if not models:
         return None
+    num_seeds = max(len(trial.records) for row in table.rows for trial in row.trials)
     drawing, axes = _panels(len(models))
     for ax, (model, rows) in zip(axes, models, strict=True):
-        for row, style in zip(rows, _styles(rows), strict=True):
+        for row, style in zip(rows, styles(rows), strict=True):
             finished = [trial for trial in row.trials if trial.loss is not None]
             rates = [trial.learning_rate for trial in finished]
             losses = [trial.loss for trial in finished]
-            ax.plot(rates, losses, marker="o", markersize=4, label=row.optimizer, **style)
+            ax.plot(rates, losses, marker="o", label=row.optimizer, **style)
+            hollow = [i for i, trial in enumerate(finished) if len(trial.records) < num_seeds]
+            own = {"color": style["color"], "markersize": style["markersize"]}
+            ax.plot(rates, losses, "o", markevery=hollow, markerfacecolor="white", **own)
             for trial in row.trials:
                 if trial.loss is None:
                     ax.axvline(trial.learning_rate, alpha=0.4, **style)
@@ -163,9 +219,9 @@ def _learning_rates(table: Table, figures_dir: Path) -> Figure | None:
         ax.minorticks_off()
         ax.legend()
     sentence = (
-        "Training loss over the last tenth of the steps, by learning rate: of the first seed, or "
-        "where a rate was the best so far, the mean of all. A vertical line is a rate that "
-        "diverged."
+        "Training loss over the last tenth of the steps, by learning rate. A filled point is the "
+        f"mean of all seeds ({num_seeds}), a hollow one is of fewer, as a rule of the first. A "
+        "vertical line is a rate that diverged."
     )
     title = f"Learning rates: {_short(table)}"
     return save(drawing, figures_dir, f"lr_{table.file_stem}", title, sentence)

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from experiments.report import formats, memory, records, tables
 from experiments.report.figure import GRID, INK, Figure
-from experiments.report.figures_runs import colour
+from experiments.report.figures_runs import colour, styles
 from experiments.report.records import Record
 from experiments.report.tables import Row, Table
 
@@ -90,19 +90,24 @@ def _data(all_tables: Sequence[Table], by_file: dict[str, Record]) -> dict[str, 
             if rows:
                 short = f"{table.title.partition(':')[0]} · {model}"
                 name = short if table.scale == tables.DEFAULT_SCALE else f"{short} · {table.scale}"
-                groups.append({"name": name, "rows": [_curves_of(row) for row in rows]})
+                groups.append({"name": name, "rows": _curves(rows)})
         used |= {*table.all_records}
     return {"groups": groups, "records": {file: by_file[file].values for file in sorted(used)}}
 
 
-def _curves_of(row: Row) -> dict[str, Any]:
-    tried = [file for trial in row.trials for file in trial.records]
-    return {
-        "optimizer": row.optimizer,
-        "colour": colour(row.optimizer),
-        "records": row.records,
-        "others": [file for file in tried if file not in row.records],
-    }
+def _curves(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Of one model."""
+    tried = [[file for trial in row.trials for file in trial.records] for row in rows]
+    return [
+        {
+            "optimizer": row.optimizer,
+            "colour": style["color"],
+            "dashes": style["dashes"],
+            "records": row.records,
+            "others": [file for file in files if file not in row.records],
+        }
+        for row, style, files in zip(rows, styles(rows), tried, strict=True)
+    ]
 
 
 def _headlines(results_dir: Path, all_tables: Sequence[Table]) -> list[Headline]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -122,6 +123,46 @@ def test_figures_are_drawn_in_two_formats_and_are_the_same_each_time(results: Pa
     before = [path.read_bytes() for path in paths]
     figures_runs.draw(results, results / "figures")
     assert [path.read_bytes() for path in paths] == before
+
+
+def test_a_line_that_may_hide_an_earlier_one_is_dashed_and_has_a_colour_of_its_own(
+    results: Path,
+) -> None:
+    names = ["Adam", "AdamW-8bit", "SGD", "MicroAdam, m = 10", "MicroAdam, m = 20"]
+    (table,) = tables.load(results)
+    rows = [dataclasses.replace(table.rows[0], optimizer=name) for name in names]
+    styles = figures_runs.styles(rows)
+    assert [bool(style["dashes"]) for style in styles] == [False, True, False, False, True]
+    assert len({style["color"] for style in styles}) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("before", "note", "has_line"),
+    [
+        (0.55, "before training: 55<", True),
+        (0.1, "before training: 10 ↓<", False),
+        (None, "", False),
+    ],
+)
+def test_a_score_has_its_spread_and_where_all_runs_know_it_the_score_before_training(
+    tmp_path: Path, before: float | None, note: str, has_line: bool
+) -> None:
+    for seed, accuracy in ((42, 0.6), (43, 0.62)):
+        metrics = {"eval/accuracy_matched": accuracy, "eval_before/accuracy_matched": before}
+        known = {name: value for name, value in metrics.items() if value is not None}
+        write(tmp_path, record(seed=seed, metrics=known))
+    write(tmp_path, record(seed=42, lr=1e-4))
+    cell = Cell("BERT", "MicroAdam", (), record()["config"], (1e-4, 1e-3), (42, 43))
+    state = planning.state_of(cell, records.load(tmp_path))
+    columns = [Column("accuracy (%)", ["eval/accuracy_matched"], "percent")]
+    tables.write(tables.make("table1", "mini", "MNLI: loss", columns, [state], []), tmp_path)
+    drawn = {figure.name: figure for figure in figures_runs.draw(tmp_path, tmp_path / "figures")}
+    score, rates = (drawn[f"{kind}_table1"].files[1].read_text() for kind in ("score", "lr"))
+    assert "LineCollection" in score  # the bar
+    assert ("before training" in score) == bool(note)
+    assert note in score
+    assert ("stroke-dasharray" in score) == has_line
+    assert rates.count("fill: #ffffff; stroke: #d9480f") == 1  # the rate tried with one seed
 
 
 def test_a_table_whose_record_is_gone_is_refused_with_the_way_to_restore_it(

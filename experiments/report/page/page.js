@@ -38,14 +38,16 @@ function visibleLines() {
   for (const row of data.groups[chart.group].rows) {
     if (chart.hidden.has(row.optimizer)) continue;
     const files = byId("others").checked ? [...row.records, ...row.others] : row.records;
+    const seeds = new Set(files.map((file) => data.records[file].seed));
     for (const file of files) {
       const record = data.records[file];
       const { step, "train/loss": loss } = record.curve;
       if (step.length === 0) continue;
       const isOther = row.others.includes(file);
-      const details = [isOther && `lr ${rate(record.config.optimizer.lr)}`, row.records.length > 1 && `seed ${record.seed}`];
+      const details = [isOther && `lr ${rate(record.config.optimizer.lr)}`, seeds.size > 1 && `seed ${record.seed}`];
+      const dashes = row.dashes.map((length) => 2 * length); // a line is 2 wide
       const label = [row.optimizer, ...details.filter(Boolean)].join(", ");
-      lines.push({ file, label, colour: row.colour, isOther, steps: step, losses: smoothed(loss, radius) });
+      lines.push({ file, label, colour: row.colour, dashes, isOther, steps: step, losses: smoothed(loss, radius) });
     }
   }
   return lines;
@@ -92,7 +94,7 @@ function drawChart() {
   for (const line of lines) {
     const points = line.steps.map((step, i) => `${x(step).toFixed(1)},${Math.max(margin.top, y(line.losses[i])).toFixed(1)}`);
     const d = "M" + points.join("L");
-    const drawn = element("path", { d, stroke: line.colour, class: line.isOther ? "other" : "" });
+    const drawn = element("path", { d, stroke: line.colour, "stroke-dasharray": line.dashes, class: line.isOther ? "other" : "" });
     const target = element("path", { d, class: "target" });
     target.addEventListener("click", () => (location.hash = `run=${line.file}`));
     svg.append(drawn, target);
