@@ -156,7 +156,7 @@ class MicroAdam(Optimizer):
         # One call of the fused step takes all parameters of a group that share device and dtypes.
         # All are gathered first: where one gradient or state does not fit, nothing moves.
         calls: list[tuple[dict[str, Any], list[_Item]]] = []
-        ordinal = 0
+        ordinal = num_cached = 0
         for group in self.param_groups:
             batches: dict[tuple[Any, ...], list[_Item]] = defaultdict(list)
             for p in group["params"]:
@@ -164,8 +164,14 @@ class MicroAdam(Optimizer):
                     batches[p.device, p.dtype, p.grad.dtype].append(
                         self._item_of(p, p.grad, group, ordinal)
                     )
+                    num_cached += 1
+                elif p in self._caches:
+                    num_cached += 1
                 ordinal += 1
             calls += [(group, batch) for batch in batches.values()]
+        if len(self._caches) > num_cached:  # of parameters that were taken out of their group
+            present = self._parameters()
+            self._caches = {p: self._caches[p] for p in present if p in self._caches}
         for group, batch in calls:
             self._step_batch(group, batch)
         return loss
@@ -277,16 +283,20 @@ class MicroAdam(Optimizer):
         """
         return sum(int(count) for count in self._num_skipped_blocks.values())
 
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def state_bytes(self) -> int:
-        """Bytes that the state tensors take on their devices."""
-        tensors = [value for state in self.state.values() for value in state.values()]
-        tensors += [cache.thresholds for cache in self._caches.values()]
+        """Bytes that the state of the parameters in `param_groups` takes on their devices."""
+        params = self._parameters()
+        tensors = [value for p in params for value in self.state.get(p, {}).values()]
+        tensors += [self._caches[p].thresholds for p in params if p in self._caches]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the groups; the state of a sharded parameter below its shard's name."""
         packed = super().state_dict()
-        parameters = [p for group in self.param_groups for p in group["params"]]
+        parameters = self._parameters()
         packed["state"] = {
             index: {Shard.of(parameters[index]).name: state}
             if distributed.is_sharded(parameters[index])

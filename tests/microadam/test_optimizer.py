@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +118,28 @@ def test_parameter_without_a_gradient_stays_and_counts_no_step(rng: np.random.Ge
             assert_same(clone_all(optimizer)[:1], before[:1])
     assert int(optimizer.state[resting]["step"]) == 2
     assert int(optimizer.state[moving]["step"]) == 3
+
+
+def test_a_parameter_taken_out_of_its_group_is_let_go(rng: np.random.Generator) -> None:
+    """Its cache held on to it, and state_bytes counted it, for as long as the optimizer lived."""
+    optimizer = new_optimizer(rng, 300, 200, 100)
+    set_random_gradients(optimizer, rng)
+    optimizer.step()
+    stays, gone, rests = optimizer.param_groups[0]["params"]
+    all_bytes = optimizer.state_bytes()
+    alone = MicroAdam([gone], **SMALL_BLOCKS)
+    alone.step()
+
+    optimizer.param_groups[0]["params"] = [stays, rests]
+    assert optimizer.state_bytes() == all_bytes - alone.state_bytes() > 0
+    del optimizer.state[gone], alone
+    rests.grad = None
+    reference_to_gone = weakref.ref(gone)
+    del gone
+    step_and_judge(optimizer)
+    gc.collect()
+    assert reference_to_gone() is None
+    assert list(optimizer._caches) == [stays, rests]
 
 
 def test_no_gradients_at_all(rng: np.random.Generator) -> None:
