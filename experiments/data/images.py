@@ -217,29 +217,47 @@ def _local(config: DatasetConfig, folder: Path, name: str) -> Images:
     datasets.disable_progress_bars()
     cache = str(hub.cache_dir() / "huggingface")
     tables = sorted([*folder.glob(f"{name}.parquet"), *folder.glob(f"{name}-*.parquet")])
-    short_name = {"validation": "val"}.get(name, name)
-    classes = next((f for f in (folder / name, folder / short_name) if f.is_dir()), None)
+    classes = _class_folders(folder, name)
     try:
         if tables:
             rows = datasets.Dataset.from_parquet([str(path) for path in tables], cache_dir=cache)
             return _Rows(rows, config, str(folder), f"{name} {_stamps(tables)}")
-        if classes is not None:
+        if classes:
+            where = classes[0].parent
             rows = datasets.load_dataset(
                 "imagefolder",
-                data_dir=str(classes),
+                data_dir=str(where),
                 split="train",
                 drop_labels=False,
                 cache_dir=cache,
             )
+            names = {path.name for split in config.splits for path in _class_folders(folder, split)}
+            # By class as the folders are, a subset would be of the first classes.
+            rows = _renumbered(rows, sorted(names)).shuffle(seed=0)
             columns = {"image": "image", "label": "int"}
             config = dataclasses.replace(config, columns=columns)
-            return _Rows(rows, config, str(classes), f"{name} {_stamps(classes.rglob('*'))}")
+            stamps = _stamps(where.rglob("*"))
+            return _Rows(rows, config, str(where), f"{name} {stamps} {sorted(names)} shuffled")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ExperimentError(f"{folder}: the images of {name} cannot be read ({error})") from error
     raise ExperimentError(
         f"{folder}: has no split {name}; it must hold {name}.beton, {name}.parquet or a folder "
         f"{name} with a folder of images for each class"
     )
+
+
+def _class_folders(folder: Path, name: str) -> list[Path]:
+    """Of the split ``name``; none where it has no folder."""
+    short_name = {"validation": "val"}.get(name, name)
+    split = next((f for f in (folder / name, folder / short_name) if f.is_dir()), None)
+    return [] if split is None else sorted(path for path in split.iterdir() if path.is_dir())
+
+
+def _renumbered(rows: datasets.Dataset, names: list[str]) -> datasets.Dataset:
+    """Labels count the classes of all splits: a split that lacks one numbers its own otherwise."""
+    numbers = np.array([names.index(name) for name in rows.features["label"].names])
+    labels = rows.select_columns("label").with_format("numpy")[:]["label"]
+    return rows.remove_columns("label").add_column("label", numbers[labels])
 
 
 def _stamps(paths: Iterable[Path]) -> str:

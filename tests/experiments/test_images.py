@@ -55,10 +55,29 @@ def test_a_folder_of_classes(folder: Path) -> None:
     split = images.find(_config(path=str(folder)), "train")
     assert split.source == "local"
     assert not isinstance(split.content, Path)
-    (grey, cat), (glass, dog) = split.content[0], split.content[1]
-    assert (cat, dog) == (0, 1)
+    by_label = {split.content[i][1]: split.content[i][0] for i in range(len(split))}
+    grey, glass = by_label[0], by_label[1]
     assert (grey.mode, glass.mode) == ("RGB", "RGB")
     assert (grey.size, grey.getpixel((0, 0))) == ((40, 30), (200, 200, 200))
+
+
+def test_classes_are_counted_over_all_splits_and_mixed_for_subsets(folder: Path) -> None:
+    for number in range(20):
+        for name in ("cat", "dog", "eel"):
+            path = folder / "train" / name / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("L", (4, 4), number).save(path)
+    (folder / "test" / "dog").mkdir(parents=True)
+    Image.new("L", (4, 4), 9).save(folder / "test" / "dog" / "9.png")
+    train, test = (
+        images.find(_config(path=str(folder)), name).content for name in ("train", "test")
+    )
+    assert not isinstance(test, Path)
+    assert not isinstance(train, Path)
+    assert test[0][1] == 1  # though it is the only class of its split
+    labels = [train[i][1] for i in range(len(train))]
+    assert set(labels[:20]) == {0, 1, 2}
+    assert [labels.count(label) for label in range(3)] == [21, 21, 20]
 
 
 def test_parquet_files_that_hold_encoded_images(folder: Path) -> None:
