@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -65,7 +66,8 @@ def main(composed: DictConfig) -> str:
     hub.go_offline_if_unreachable()
     from experiments.runner import execute  # torch and transformers load only when a run starts
 
-    return str(execute(run_config))  # what `Sweep` finds the run by
+    overrides = HydraConfig.get().overrides.task
+    return str(execute(run_config, overrides))  # what `Sweep` finds the run by
 
 
 class Sweep(Callback):

@@ -35,18 +35,23 @@ class ModelConfig:
     path: str | None = None  # folder of a saved transformers model; used before hub and package
     hub_id: str | None = None
     package: str | None = None  # installed Python package that carries the weights
-    num_layers: int | None = None  # only the first of the pretrained layers; None: all
     architecture: dict[str, Any] = field(default_factory=dict)  # a transformers config
 
     def __post_init__(self) -> None:
         require_choice("model.weights", self.weights, "pretrained", "random")
-        require_positive("model", self, "num_layers")
         has_source = self.path or self.hub_id or self.package
         require(
             self.weights == "random" or bool(has_source),
             "model.weights",
             self.weights,
             f"{self.name} has no pretrained weights; use model.weights=random or model.path=FOLDER",
+        )
+        require(
+            self.weights == "pretrained" or self.path is None,
+            "model.path",
+            self.path,
+            "with model.weights=random nothing is read from it; leave it out, or set "
+            "model.weights=pretrained",
         )
 
 
@@ -144,6 +149,13 @@ class HardwareConfig:
         require_choice("hardware.precision", self.precision, "auto", "bf16", "bf16_amp", "fp32")
         require_choice("hardware.parallel", self.parallel, "ddp", "fsdp2")
         require_positive("hardware", self, "micro_batch_size", "memory_gib")
+        require(
+            self.activation_checkpointing or not self.activation_offloading,
+            "hardware.activation_offloading",
+            self.activation_offloading,
+            "what it moves are the layers' inputs that checkpointing keeps; set "
+            "hardware.activation_checkpointing=true too, or this to false",
+        )
 
 
 @dataclass
@@ -155,7 +167,8 @@ class TrainingConfig:
     schedule: str = "linear"  # after the warm-up: linear | cosine (both to 0) | constant
     max_grad_norm: float | None = 1.0  # global norm; None: no clipping
     max_param_grad_norm: float | None = None  # of each parameter's gradient alone
-    gradient_release: bool = False  # step in the backward pass and free each gradient at once
+    # Step in the backward pass and free each gradient at once. None: where the optimizer can.
+    gradient_release: bool | None = False
     checkpoint_every_steps: int = 25
     save_model: bool = True  # keep the fine-tuned model in the run folder
 
@@ -229,6 +242,8 @@ class RunConfig:
     force: bool = False
 
     def __post_init__(self) -> None:
+        # What all generators take, NumPy's included.
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must be from 0 to 4294967295")
         batch, micro = self.training.global_batch_size, self.hardware.micro_batch_size
         require(
             batch % min(batch, micro) == 0,
@@ -236,6 +251,8 @@ class RunConfig:
             batch,
             f"must be a multiple of hardware.micro_batch_size={micro}",
         )
+        if self.training.gradient_release is None:
+            self.training.gradient_release = isinstance(self.optimizer, MicroAdamConfig)
         if self.training.gradient_release:
             self._require_releasable()
 
@@ -272,8 +289,8 @@ class RunConfig:
         Under gradient release the layers cut the batch, see `activations.enable_checkpointing`.
         """
         whole = self.training.global_batch_size
-        is_whole = self.training.gradient_release
-        return whole if is_whole else min(whole, self.hardware.micro_batch_size)
+        is_released = self.training.gradient_release
+        return whole if is_released else min(whole, self.hardware.micro_batch_size)
 
 
 # What may differ between two runs that are the same run: where it is kept, how it is watched.

@@ -77,3 +77,9 @@ def handled() -> Iterator[Interruption]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def is_restart() -> bool:
+    """Whether SLURM or torchrun has started this process again, after a preemption or a failure."""
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return any(os.environ.get(name, "0") != "0" for name in counts)

@@ -18,10 +18,28 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from experiments import pretrained
 from experiments.config import ModelConfig
 from experiments.errors import ExperimentError, require
+
+# What a task wants a model to do, and the types of models that do. A type that also fills in masked
+# tokens reads a text both ways, and so sees the token that it is to predict.
+_ABILITIES: dict[Any, tuple[str, set[str]]] = {
+    AutoModelForCausalLM: (
+        "continues texts, such as smollm2_135m or tiny_llama",
+        set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+    ),
+    AutoModelForSequenceClassification: (
+        "classifies texts, such as minilm_l6 or tiny_bert",
+        set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,8 @@ def meta_classifier(
     config: ModelConfig, labels: Sequence[str], dtype: torch.dtype
 ) -> PreTrainedModel:
     """As `meta_causal_lm`, with a head for these labels."""
-    return _on_meta(config, AutoModelForSequenceClassification, dtype, **_label_settings(labels))
+    settings = {"pad_token_id": 0, **_label_settings(labels)}  # a causal one needs any
+    return _on_meta(config, AutoModelForSequenceClassification, dtype, **settings)
 
 
 def _label_settings(labels: Sequence[str]) -> dict[str, Any]:
@@ -74,6 +93,7 @@ def _label_settings(labels: Sequence[str]) -> dict[str, Any]:
 def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel:
     """``settings`` go into the transformers config, whatever the source of the weights."""
     if config.weights == "random":
+        _require_ability(config, config.architecture.get("model_type"), model_class)
         tokenizer = byte_tokenizer(config.architecture["vocab_size"])
         # Before the model is made: the row of the padding is left out of its embeddings.
         settings["pad_token_id"] = tokenizer.pad_token_id
@@ -81,13 +101,11 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
         return LoadedModel(model, tokenizer, "random")
     location, source = pretrained.locate(config)
     try:
-        if config.num_layers is not None:
-            _require_layers(config.num_layers, location)
-            settings["num_hidden_layers"] = config.num_layers
-            source += f", first {config.num_layers} layers"
+        model_type = transformers.AutoConfig.from_pretrained(location).model_type
+        _require_ability(config, model_type, model_class)
         model = model_class.from_pretrained(location, dtype=torch.float32, **settings)
         tokenizer = AutoTokenizer.from_pretrained(location)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: of a type or tokenizer that is unknown
         raise ExperimentError(
             f"model {config.name} could not be loaded from {location} "
             f"({str(error).splitlines()[0]}): go online with access to it, give a folder with "
@@ -99,20 +117,20 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
     return LoadedModel(model, tokenizer, source)
 
 
-def _require_layers(num_layers: int, location: str) -> None:
-    """More than the weights have would be random ones."""
-    num_pretrained = transformers.AutoConfig.from_pretrained(location).num_hidden_layers
+def _require_ability(config: ModelConfig, model_type: str | None, model_class: Any) -> None:
+    ability, model_types = _ABILITIES[model_class]
     require(
-        num_layers <= num_pretrained,
-        "model.num_layers",
-        num_layers,
-        f"{location} has weights of {num_pretrained}",
+        model_type in model_types,
+        "model",
+        config.name,
+        f"its type is {model_type}; this task needs a model that {ability}",
     )
 
 
 def _on_meta(
     config: ModelConfig, model_class: Any, dtype: torch.dtype, **settings: Any
 ) -> PreTrainedModel:
+    _require_ability(config, config.architecture.get("model_type"), model_class)
     AttentionInterface.register("shapes_only", _flash_attention_shapes)
     with torch.device("meta"):
         return model_class.from_config(

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+class UnavailableError(ExperimentError):
+    """The optimizer does not run on this machine, or its package is not installed."""
+
+
 @dataclass
 class OptimizerConfig:
     """What every optimizer has; the subclasses add their own hyperparameters."""
@@ -156,7 +160,7 @@ class FlashAdamWConfig(AdamWConfig):
 
         flashoptim = _import(self.name, "flashoptim", "flashoptim")
         if not torch.cuda.is_available():
-            raise ExperimentError(f"optimizer={self.name}: needs a CUDA device; choose another")
+            raise UnavailableError(f"optimizer={self.name}: needs a CUDA device; choose another")
         # The package refuses correction bits where there is nothing to correct.
         has_16_bits = any(p.element_size() == 2 for p in _trainable(model))
         return flashoptim.FlashAdamW(
@@ -339,8 +343,8 @@ def build(model: Module, config: OptimizerConfig) -> Optimizer:
     """The optimizer over the model's trainable parameters.
 
     Raises:
-        ExperimentError: it refuses a hyperparameter, its package is missing, or it does not run
-            on this machine.
+        ExperimentError: it refuses a hyperparameter.
+        UnavailableError: its package is missing, or it does not run on this machine.
     """
     try:
         return config.build(model)
@@ -395,6 +399,6 @@ def _import(optimizer: str, module: str, requirement: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:
             raise
-        raise ExperimentError(
+        raise UnavailableError(
             f"optimizer={optimizer}: its package is not installed; pip install '{requirement}'"
         ) from error

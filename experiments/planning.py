@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from experiments import activations, tasks
+from experiments import activations, optimizers, tasks
 from experiments.config import DatasetConfig, RunConfig
 from experiments.data.order import num_steps
 from experiments.errors import ExperimentError
@@ -102,17 +103,19 @@ def make(config: RunConfig) -> Plan:
     GPU's driver and the allocator's fragmentation take (about 1 GiB), what generation takes in an
     evaluation, and the temporaries of a step in plain torch (0.5 GiB; the native ones need none).
     """
-    task = tasks.by_name(config.task.name)
+    task = tasks.chosen(config)
     precision = resolve_precision(config.hardware)
     param_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = task.plan_model(config, param_dtype)
     host = HostMemory()
     if config.hardware.activation_checkpointing:
         activations.enable_checkpointing(model, config.hardware, host.keep)
+    with suppress(optimizers.UnavailableError):  # the plan may be for another machine
+        optimizers.build(model, config.optimizer)  # refuses the values that the run would refuse
     params = [p for p in model.parameters() if p.requires_grad]
     param_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
 
-    is_released = config.training.gradient_release
+    is_released = bool(config.training.gradient_release)
     grad_bytes = 0 if is_released else sum(p.numel() * p.element_size() for p in params)
     num_examples = _num_examples(task, config.dataset)
     adamw_state_bytes = sum(2 * p.numel() * p.element_size() + 4 for p in params)

@@ -12,19 +12,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import atomic, hub
 from experiments.config import ModelConfig
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, require
 
 
 def locate(config: ModelConfig) -> tuple[str, str]:
     """Where `from_pretrained` finds the model, and how the record calls that.
 
     Raises:
-        ExperimentError: the folder or the package is not there.
+        ExperimentError: the folder or the package is not there, or the folder is no model's.
     """
     if config.path is not None:
-        if not Path(config.path).is_dir():
-            raise ExperimentError(f"model.path={config.path}: there is no such folder")
-        return config.path, f"folder {Path(config.path).name}"
+        folder = Path(config.path)
+        require(folder.is_dir(), "model.path", folder, "there is no such folder")
+        require(
+            (folder / "config.json").is_file(),
+            "model.path",
+            folder,
+            "it has no config.json; it must be a folder that transformers' save_pretrained wrote",
+        )
+        return config.path, f"folder {folder.name}"
     if config.package is not None:
         return str(_package_folder(config)), f"package {_package_version(config.package)}"
     return str(config.hub_id), f"hub {config.hub_id}"

@@ -57,10 +57,12 @@ class RunFolder:
         """Keeps every other process out of this run while the block runs.
 
         Raises:
-            ExperimentError: another process has the run; names it.
+            ExperimentError: another process has the run; names it. Or nothing can be written there.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         lock = self.path.with_suffix(".lock")
+        with atomic.explained(lock):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            lock.touch()
         with lock.open("a+", encoding="utf-8") as file:
             give_up_at = time.monotonic() + _LOCK_PATIENCE_S
             while not _take_lock(file):
@@ -181,14 +183,20 @@ class Mirror:
         if config.name == "wandb":
             import wandb
 
-            self._wandb_run = wandb.init(
-                project=config.project,
-                mode="offline" if config.mode == "offline" else "online",
-                id=run.hash,
-                resume="allow",
-                dir=run.path,
-                config=dataclasses.asdict(run_config),
-            )
+            try:
+                self._wandb_run = wandb.init(
+                    project=config.project,
+                    mode="offline" if config.mode == "offline" else "online",
+                    id=run.hash,
+                    resume="allow",
+                    dir=run.path,
+                    config=dataclasses.asdict(run_config),
+                )
+            except wandb.errors.Error as error:
+                reason = str(error).rstrip(".")
+                raise ExperimentError(
+                    f"logger=wandb: {reason}; or set logger.mode=offline"
+                ) from error
 
     def log(self, metrics: dict[str, Any]) -> None:
         if self._wandb_run is not None:

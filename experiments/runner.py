@@ -6,9 +6,8 @@ import itertools
 import math
 import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 
 from experiments import (
     activations,
@@ -38,8 +38,11 @@ from experiments.records import Mirror, RunFolder, provenance
 _MAX_CURVE_POINTS = 200
 
 
-def execute(config: RunConfig) -> Path:
+def execute(config: RunConfig, overrides: Sequence[str] = ()) -> Path:
     """Runs ``config``, goes on with it, or says that it is finished.
+
+    Args:
+        overrides: of run.py that compose ``config``, for the record.
 
     Returns:
         The folder of the run.
@@ -48,8 +51,7 @@ def execute(config: RunConfig) -> Path:
         ExperimentError: something the user can mend; what was there before is kept.
         SystemExit: a signal asked the run to stop; its exit code is `interruption.EXIT_CODE`.
     """
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _quieten_transformers()
     run = RunFolder(config)
     if config.dry_run:
         print(summary.of_plan(config, planning.make(config)))
@@ -63,14 +65,23 @@ def execute(config: RunConfig) -> Path:
         record = distributed.from_rank_0(lambda: _earlier_record(config, run))
         if record is None:
             with run.error_kept() if distributed.rank() == 0 else nullcontext():
-                record = _run(config, run, machine, signals)
+                record = _run(config, overrides, run, machine, signals)
         print(summary.of_record(record, run.path))
     return run.path
 
 
+def _quieten_transformers() -> None:
+    """No reports and bars of loading weights; but bars of downloads, which can take hours."""
+    shows_downloads = not are_progress_bars_disabled()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if shows_downloads:
+        enable_progress_bars()
+
+
 def _earlier_record(config: RunConfig, run: RunFolder) -> dict[str, Any] | None:
     """The record of a finished run, unless it is to run again."""
-    if config.force and run.path.exists():
+    if config.force and run.path.exists() and not interruption.is_restart():
         print(f"force=true: what was there is kept as {run.set_aside()}")
     record = run.finished_record()
     if record is not None:
@@ -80,14 +91,21 @@ def _earlier_record(config: RunConfig, run: RunFolder) -> dict[str, Any] | None:
 
 
 def _run(
-    config: RunConfig, run: RunFolder, machine: Hardware, signals: Interruption
+    config: RunConfig,
+    overrides: Sequence[str],
+    run: RunFolder,
+    machine: Hardware,
+    signals: Interruption,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     code = provenance()  # now: the checkout may have moved on when the run ends
     is_first = distributed.rank() == 0
     machine.forget_peak()
     torch.manual_seed(config.seed)
-    task = tasks.by_name(config.task.name)(config, machine)
+    if is_first:
+        run.start(config)
+        print(f"loading {config.dataset.name} and {config.model.name}", flush=True)
+    task = tasks.chosen(config)(config, machine)
     if config.hardware.activation_checkpointing:
         activations.enable_checkpointing(task.model, config.hardware)
     parallel = Parallel(task, config, machine)
@@ -99,7 +117,6 @@ def _run(
     print(summary.of_start(config, task, machine, run.path, checkpoint))
 
     if is_first:
-        run.start(config)
         run.rewind_metrics(0 if checkpoint is None else checkpoint.progress.step)
     mirror = Mirror(config.logger if is_first else LoggerConfig(), run, config)
 
@@ -128,7 +145,7 @@ def _run(
         "status": "diverged" if has_diverged else "finished",
         "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "run": run.hash,
-        "command": _command(),
+        "command": _command(overrides),
         "task": config.task.name,
         "model": config.model.name,
         "optimizer": config.optimizer.name,
@@ -219,8 +236,7 @@ def _prefixed(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
-def _command() -> str:
-    """The command that started this process, to repeat it anywhere."""
+def _command(overrides: Sequence[str]) -> str:
+    """What repeats this run anywhere: of a sweep, the one job."""
     places = ("results_dir=", "dataset.root=")
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith(places)]
-    return shlex.join(["python", Path(sys.argv[0]).name, *arguments])
+    return shlex.join(["python", "run.py", *(o for o in overrides if not o.startswith(places))])

@@ -130,6 +130,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.status", description=__doc__)
     parser.add_argument("results_dir", nargs="?", default="results", type=Path)
     results_dir = parser.parse_args(arguments).results_dir
+    if not results_dir.is_dir():
+        parser.error(f"results_dir={results_dir}: there is no such folder")
     runs = find(results_dir)
     if not runs:
         print(f"no runs below {results_dir / 'runs'}")

@@ -36,20 +36,20 @@ def resnet(config: ModelConfig, num_classes: int) -> ResNet:
     Raises:
         ExperimentError: weights other than random, or an architecture that is no ResNet.
     """
+    try:
+        architecture = Architecture(**config.architecture)
+        stem = Stem(**architecture.stem)
+    except TypeError as error:
+        raise ExperimentError(
+            f"model={config.name}: its architecture is not a ResNet's ({error}); choose one with "
+            "model=resnet18, resnet50 or tiny_resnet"
+        ) from error
     require(
         config.weights == "random",
         "model.weights",
         config.weights,
         f"{config.name} is trained from scratch; use model.weights=random",
     )
-    try:
-        architecture = Architecture(**config.architecture)
-        stem = Stem(**architecture.stem)
-    except TypeError as error:
-        raise ExperimentError(
-            f"model.architecture={config.architecture}: not a ResNet's ({error}); choose one with "
-            "model=resnet18, resnet50 or tiny_resnet"
-        ) from error
     require_choice("model.architecture.block", architecture.block, *_BLOCKS)
     require(
         len(architecture.layers) == 4 and min(architecture.layers) > 0,

@@ -287,7 +287,7 @@ class MicroAdam(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def state_bytes(self) -> int:
-        """Bytes that the state of the parameters in `param_groups` takes on their devices."""
+        """Bytes that the state of the parameters in ``param_groups`` takes on their devices."""
         params = self._parameters()
         tensors = [value for p in params for value in self.state.get(p, {}).values()]
         tensors += [self._caches[p].thresholds for p in params if p in self._caches]

@@ -46,11 +46,9 @@ def rows_of(table: dict[str, Any], card: str) -> list[dict[str, Any]]:
         plans: dict[bool, planning.Plan] = {}
         for optimizer, of_optimizer in table["optimizers"].items():
             overrides = ["scale=paper", f"hardware={card}", *of_model, *of_optimizer]
-            if of_optimizer[0] != "optimizer=microadam":
-                overrides += table["cards"][card]
             config = compose(*overrides)
             # The optimizer changes its state alone, unless gradients are released.
-            is_released = config.training.gradient_release
+            is_released = bool(config.training.gradient_release)
             if is_released in plans:
                 plan = _with_state_of(config, plans[is_released])
             else:

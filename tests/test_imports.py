@@ -53,7 +53,8 @@ def violations(path: str, source: str) -> list[str]:
         if path.startswith("microadam/"):
             allowed = top in {"microadam", "torch"} | sys.stdlib_module_names
         elif path.startswith("experiments/report/"):
-            allowed = module.startswith("experiments.report.") or top not in {"torch", *PROJECT}
+            own = ("experiments.report.", "experiments.errors")
+            allowed = module.startswith(own) or top not in {"torch", *PROJECT}
         elif path.startswith("experiments/"):
             allowed = top not in PROJECT - {"microadam", "experiments"}
         else:

@@ -12,14 +12,23 @@ from experiments.errors import require
 
 
 def num_steps(config: TrainingConfig, num_examples: int) -> int:
-    """Optimizer steps of the whole run; an epoch leaves out its last incomplete batch."""
-    if config.max_steps is not None:
-        return config.max_steps
-    return max(1, math.floor(config.epochs * steps_per_epoch(config, num_examples)))
+    """Optimizer steps of the whole run; an epoch leaves out its last incomplete batch.
+
+    Raises:
+        ExperimentError: the examples do not fill a batch.
+    """
+    in_epochs = math.floor(config.epochs * steps_per_epoch(config, num_examples))
+    return config.max_steps or max(1, in_epochs)
 
 
 def steps_per_epoch(config: TrainingConfig, num_examples: int) -> int:
-    return max(1, num_examples // config.global_batch_size)
+    require(
+        config.global_batch_size <= num_examples,
+        "training.global_batch_size",
+        config.global_batch_size,
+        f"there are only {num_examples} examples to train on; set it to at most that",
+    )
+    return num_examples // config.global_batch_size
 
 
 class DataOrder:
@@ -28,7 +37,7 @@ class DataOrder:
     Of several processes each gets an equal share of the step's examples.
 
     Raises:
-        ExperimentError: the examples of a step cannot be shared out equally.
+        ExperimentError: the examples do not fill a batch, or a batch cannot be shared out equally.
     """
 
     def __init__(
@@ -40,11 +49,10 @@ class DataOrder:
         world_size: int = 1,
     ) -> None:
         require(
-            min(config.global_batch_size, num_examples) % world_size == 0,
+            config.global_batch_size % world_size == 0,
             "training.global_batch_size",
             config.global_batch_size,
-            f"a step's {min(config.global_batch_size, num_examples)} examples must be a multiple "
-            f"of the {world_size} processes",
+            f"must be a multiple of the {world_size} processes",
         )
         self._share = slice(rank, None, world_size)
         self._num_examples = num_examples

@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from experiments.errors import ExperimentError
 from experiments.report import figures_runs, figures_studies, memory, page, tables
 
 # Each draws what it finds the data of.
@@ -29,6 +30,8 @@ def main() -> None:
     parser.add_argument("--results-dir", type=Path, default=Path("results"))
     options = parser.parse_args()
     results_dir: Path = options.results_dir
+    if not results_dir.is_dir():
+        parser.error(f"--results-dir {results_dir}: there is no such folder")
     for table in tables.load(results_dir):
         for file in table.all_records:
             if not (results_dir / "records" / file).exists():
@@ -50,4 +53,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.errors import ExperimentError
+
 # Keys, at any depth of a config, of values that change no number in a table that tells its
 # hardware and data sources: how the run is watched, kept and computed.
 _NOT_COMPARED = {
@@ -95,7 +97,21 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def load(results_dir: Path) -> list[Record]:
-    """All records below ``results_dir``, the newest first."""
+    """All records below ``results_dir``, the newest first.
+
+    Raises:
+        ExperimentError: a file is no JSON.
+    """
     paths = sorted(results_dir.glob("records/*.json"))
-    records = [Record(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    records = [Record(path.name, _read(path)) for path in paths]
     return sorted(records, key=lambda record: record.values["finished_at"], reverse=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExperimentError(
+            f"{path}: it is not valid JSON ({error}); delete it, and the same run writes it anew"
+        ) from error
+    return values

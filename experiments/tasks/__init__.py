@@ -13,7 +13,7 @@ from torch import Tensor
 from experiments.config import DatasetConfig, RunConfig
 from experiments.data import text
 from experiments.data.order import DataOrder
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, require
 from experiments.hardware import Hardware
 
 
@@ -34,6 +34,8 @@ class Task(ABC):
     num_overlong_examples: int  # to train on, but longer than the maximal length: left out, or cut
     cuts_overlong_examples = False
     unit = "tokens"  # of the work done
+    columns: tuple[str, ...] = ()  # that the data set must have, by name or type
+    uses_harness = False  # evaluates by lm-evaluation-harness what the group evaluation chooses
     data_loader = "memory"  # memory: the examples lie there | ffcv | torchvision
 
     @abstractmethod
@@ -101,3 +103,26 @@ def by_name(name: str) -> type[Task]:
     if name not in tasks:
         raise ExperimentError(f"task.name={name}: known tasks are {', '.join(tasks)}")
     return tasks[name]
+
+
+def chosen(config: RunConfig) -> type[Task]:
+    """The class of the config's task.
+
+    Raises:
+        ExperimentError: there is no such task, or it cannot use the data set or the evaluation.
+    """
+    name, dataset, evaluation = config.task.name, config.dataset, config.evaluation
+    task = by_name(name)
+    require(
+        {*task.columns} <= {*dataset.columns, *dataset.columns.values()},
+        "dataset",
+        dataset.name,
+        f"task={name} needs the columns {', '.join(task.columns)}; choose dataset={name}",
+    )
+    require(
+        task.uses_harness or not (evaluation.protocol or evaluation.harness),
+        "evaluation",
+        evaluation.protocol,
+        f"task={name} has an evaluation of its own; leave this out",
+    )
+    return task

@@ -153,6 +153,7 @@ class CausalLM(Task):
     """A data set of prompts and responses; a task says what these are in a row."""
 
     model: PreTrainedModel
+    uses_harness = True
 
     @staticmethod
     @abstractmethod

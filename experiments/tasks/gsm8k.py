@@ -7,6 +7,8 @@ from experiments.tasks.causal_lm import CausalLM
 
 
 class GSM8K(CausalLM):
+    columns = ("question", "answer")
+
     @staticmethod
     def prompt(row: Row) -> str:
         """The prompt of lm-evaluation-harness's task ``gsm8k``."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from experiments import atomic, vision_models
 from experiments.config import DatasetConfig, ImageConfig, RunConfig
@@ -41,6 +42,7 @@ class Batch:
 class ImageNet(Task):
     """Data, model, loss and metrics of one run of image classification."""
 
+    columns = ("image", "int")  # by type, whatever their names
     unit = "images"
     num_overlong_examples = 0
 
@@ -101,7 +103,8 @@ class ImageNet(Task):
         num_images = min(config.limit or self._test.num_images, self._test.num_images)
         loss, num_top_1, num_top_5 = 0.0, 0, 0
         self.model.eval()
-        with torch.no_grad(), self._hardware.autocast():
+        bar = tqdm(desc="evaluate", total=num_images, unit="image", leave=False, disable=None)
+        with bar, torch.no_grad(), self._hardware.autocast():
             for pixels, labels in self._test.evaluate(
                 num_images, config.batch_size, self._recipe.eval_resolution
             ):
@@ -110,6 +113,7 @@ class ImageNet(Task):
                 hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
                 num_top_1 += int(hits[:, 0].sum())
                 num_top_5 += int(hits.sum())
+                bar.update(len(labels))
         self.model.train()
         return {
             "loss": loss / num_images,

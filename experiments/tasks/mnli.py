@@ -30,6 +30,7 @@ class MNLI(Task):
     """Data, model, loss and metrics of one MNLI run."""
 
     model: PreTrainedModel
+    columns = ("premise", "hypothesis", "label")
     cuts_overlong_examples = True  # as is usual for this task
 
     def __init__(self, config: RunConfig, hardware: Hardware) -> None:

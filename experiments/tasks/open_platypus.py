@@ -17,6 +17,8 @@ _AVERAGED = (
 
 
 class OpenPlatypus(CausalLM):
+    columns = ("instruction", "input", "output")
+
     @staticmethod
     def prompt(row: Row) -> str:
         """The prompt of Stanford Alpaca, with or without an input beside the instruction."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BertConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments import evaluation, models
+from experiments.errors import ExperimentError
 from experiments.tasks import causal_lm
 from experiments.tasks.causal_lm import Example
 from experiments.tasks.gsm8k import GSM8K
@@ -91,3 +94,17 @@ def test_the_planned_largest_batch_is_no_smaller_than_a_real_one(tiny: models.Lo
     model: PreTrainedModel = tiny.model
     assert planned.num_targets == 4 * 63
     assert causal_lm.loss_sum(model, planned).isfinite()
+
+
+def test_a_folder_that_is_no_continuing_models_is_refused(
+    composed: Compose, tmp_path: Path
+) -> None:
+    config = composed("model=smollm2_135m", f"model.path={tmp_path}").model
+    with pytest.raises(ExperimentError, match=r"model\.path=.*: it has no config\.json"):
+        models.load_causal_lm(config)
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ExperimentError, match=r"its type is bert; .* continues texts"):
+        models.load_causal_lm(config)
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ExperimentError, match=r"could not be loaded .*no file named model"):
+        models.load_causal_lm(config)

@@ -127,6 +127,13 @@ def test_a_run_on_local_data_is_another_run_wherever_that_data_lies(
         ("dataset.source=web", ["dataset.source=web", "generated"]),
         ("evaluation.harness.gsm8k.num_fewshot=-1", ["num_fewshot=-1"]),
         ("dataset.num_held_out=0", ["dataset.num_held_out=0", "greater than 0"]),
+        ("model.path=weights", ["model.path=weights", "model.weights=pretrained"]),
+        (
+            "hardware.activation_offloading=true",
+            ["hardware.activation_offloading=True", "hardware.activation_checkpointing=true"],
+        ),
+        ("seed=-1", ["seed=-1", "from 0"]),
+        (f"seed={10**30}", [f"seed={10**30}", "to 4294967295"]),
     ],
 )
 def test_a_value_out_of_range_is_named_with_its_remedy(
@@ -140,6 +147,14 @@ def test_a_value_out_of_range_is_named_with_its_remedy(
 def test_random_weights_only_for_a_model_without_pretrained_ones(composed: Compose) -> None:
     with pytest.raises(ExperimentError, match=r"tiny_llama.*model.weights=random"):
         composed("model=tiny_llama", "model.weights=pretrained")
+
+
+@pytest.mark.parametrize(("optimizer", "is_released"), [("microadam", True), ("adamw", False)])
+def test_a_small_card_has_the_gradients_released_of_the_optimizer_that_can(
+    composed: Compose, optimizer: str, is_released: bool
+) -> None:
+    config = composed("scale=paper", "hardware=rtx3090", f"optimizer={optimizer}")
+    assert config.training.gradient_release is is_released
 
 
 def test_a_key_of_another_optimizer_is_refused(composed: Compose) -> None:

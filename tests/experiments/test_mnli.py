@@ -218,7 +218,6 @@ def test_a_label_that_mnli_does_not_have_is_named(composed: Compose, tmp_path: P
         ("roberta_base", 124_647_939),
         ("opt_1_3b", 1_315_764_224),
         ("minilm_l6", 22_714_371),
-        ("minilm_l3", 17_390_979),
     ],
 )
 def test_the_papers_models_are_planned_from_shapes_alone(
@@ -281,20 +280,3 @@ def test_minilm_comes_with_its_encoder_and_a_new_head(composed: Compose) -> None
     assert loaded[0].model.config.id2label == dict(enumerate(LABELS))
     batch = _batch(loaded[0], PAIRS)
     assert classification.logits(loaded[0].model, batch).isfinite().all()
-
-
-def test_only_the_first_layers_of_pretrained_weights_are_taken(composed: Compose) -> None:
-    whole = models.load_classifier(composed("task=mnli").model, LABELS)
-    half = models.load_classifier(composed("task=mnli", "model=minilm_l3").model, LABELS)
-    assert half.source == f"{whole.source}, first 3 layers"
-    expected = {
-        name: p
-        for name, p in whole.model.bert.named_parameters()
-        if not name.startswith(tuple(f"encoder.layer.{i}." for i in (3, 4, 5)))
-    }
-    params = dict(half.model.bert.named_parameters())
-    assert params.keys() == expected.keys()
-    assert all(torch.equal(p, params[name]) for name, p in expected.items())
-    too_many = composed("task=mnli", "model.num_layers=7").model
-    with pytest.raises(ExperimentError, match=r"model\.num_layers=7: .* weights of 6"):
-        models.load_classifier(too_many, LABELS)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from experiments import planning
+from experiments.errors import ExperimentError
 from experiments.planning import LiveBytes
 from experiments.runner import execute
 from tests.experiments.helpers import Compose
@@ -46,6 +49,40 @@ def test_a_plan_that_does_not_fit_says_by_how_much(
 ) -> None:
     execute(composed("scale=smoke", "hardware.memory_gib=0.001", "dry_run=true"))
     assert "MiB more than the card's 0.001 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("training.global_batch_size=128",), "global_batch_size=128: there are only 64 examples"),
+        (("optimizer.density=2",), r"optimizer\.density=2\.0: .* at most 1"),
+        (("task=mnli", "+evaluation=gsm8k_0shot"), "evaluation=gsm8k_0shot: task=mnli has"),
+        (("task=imagenet", "+evaluation=gsm8k_0shot"), "evaluation=gsm8k_0shot: task=imagenet has"),
+        (("task=mnli", "dataset=gsm8k"), "dataset=gsm8k: task=mnli needs .* dataset=mnli"),
+        (("task=imagenet", "dataset=mnli"), "dataset=mnli: task=imagenet needs .* image, int"),
+        (("task=mnli", "model=resnet18"), "model=resnet18: .* classifies texts"),
+        (("model=bert_base",), "model=bert_base: its type is bert; .* continues texts"),
+        (("task=imagenet", "model=bert_base"), "model=bert_base: .* not a ResNet's"),
+    ],
+)
+def test_the_plan_refuses_what_the_run_would_refuse(
+    composed: Compose, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ExperimentError, match=message):
+        planning.make(composed("scale=smoke", *overrides))
+
+
+def test_an_optimizer_that_is_not_installed_here_can_be_planned(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "flashoptim", None)
+    config = composed("scale=smoke", "optimizer=flash_adamw")
+    assert planning.make(config).state_bytes > 0
+
+
+def test_a_classifier_that_reads_the_last_token_can_be_planned(composed: Compose) -> None:
+    config = composed("task=mnli", "scale=smoke", "model=tiny_llama")
+    assert planning.make(config).activation_bytes > 0
 
 
 def test_recomputing_activations_takes_less_and_more_examples_take_more(composed: Compose) -> None:

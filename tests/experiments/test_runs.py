@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import checkpoints
+from experiments import checkpoints, status
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
 from experiments.records import RunFolder
@@ -253,6 +253,31 @@ def test_metrics_are_mirrored_to_wandb_only_where_asked(composed: Compose) -> No
     config = composed(*SHORT, "training.max_steps=1", "logger=wandb", "logger.mode=offline")
     execute(config)
     assert list((RunFolder(config).path / "wandb").glob("offline-run-*"))
+
+
+def test_wandb_without_a_key_is_refused_with_the_remedy(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    config = composed(*SHORT, "logger=wandb", "evaluation.before_training=false")
+    with pytest.raises(ExperimentError, match=r"logger=wandb: .*logger\.mode=offline"):
+        execute(config)
+
+
+def test_results_that_cannot_be_written_are_refused(composed: Compose) -> None:
+    config = composed(*SHORT)
+    Path(config.results_dir).write_text("a file")
+    with pytest.raises(ExperimentError, match=r"could not be written .*set results_dir"):
+        execute(config)
+
+
+def test_the_status_of_a_folder_that_is_not_there_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        status.main([str(tmp_path / "none")])
+    assert "none: there is no such folder" in capsys.readouterr().err
 
 
 def test_the_saved_model_is_the_trained_one(composed: Compose) -> None:

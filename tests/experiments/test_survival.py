@@ -75,6 +75,24 @@ def test_a_signal_while_training_leaves_a_checkpoint_of_that_step(
     assert outcome(config) == undisturbed
 
 
+def test_a_forced_run_that_the_cluster_starts_again_goes_on(
+    composed: Compose,
+    quick: tuple[str, ...],
+    undisturbed: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = composed(*quick, "force=true")
+    with monkeypatch.context() as patch:
+        at_step(6, patch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            execute(config)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    execute(config)
+    assert "from step 6" in capsys.readouterr().out
+    assert outcome(config) == undisturbed
+
+
 def test_ctrl_c_leaves_a_checkpoint_and_a_second_one_does_not_wait_for_it(
     composed: Compose, quick: tuple[str, ...], undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,10 @@ def test_a_failed_job_is_told_and_the_others_run_and_are_not_repeated(
 
     finished = {run.config["seed"]: run for run in status.find(tmp_path) if run.metrics}
     assert finished.keys() == {42, 43}
+    for record in tmp_path.glob("records/*.json"):  # says how to repeat the job, not the sweep
+        values = json.loads(record.read_text(encoding="utf-8"))
+        job = ("+sweep=seeds", f"seed={values['seed']}", "task.max_length=512")
+        assert {*job} < {*values["command"].split()}
     second = _sweep(tmp_path, *launched)  # all three seeds, of which one is missing
     assert second.returncode == 0
     assert second.stdout.count("already finished") == 2
