@@ -193,8 +193,14 @@ class GaLoreConfig(AdamWConfig):
     def build(self, model: Module) -> Optimizer:
         from experiments.galore import GaLoreAdamW
 
+        groups = self.groups(model)
+        if not any("rank" in group for group in groups):
+            print(
+                f"optimizer.rank={self.rank}: no linear layer has both sides above it, so GaLore "
+                "projects nothing and is AdamW; set a smaller one"
+            )
         return GaLoreAdamW(
-            self.groups(model),
+            groups,
             **self.adam_arguments(),
             update_gap=self.update_gap,
             scale=self.scale,

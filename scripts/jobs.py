@@ -79,10 +79,8 @@ class Jobs:
         Raises:
             KeyboardInterrupt: one was interrupted.
         """
-        ended: list[_Job] = []
-        while not ended:
-            ended = [job for job in self._running if job.process.poll() is not None]
-            time.sleep(0 if ended else _POLL_S)
+        while not (ended := [job for job in self._running if job.process.poll() is not None]):
+            time.sleep(_POLL_S)
         self._running = [job for job in self._running if job not in ended]
         if {_INTERRUPTED, _PREEMPTED} & {job.process.returncode for job in ended}:
             raise KeyboardInterrupt

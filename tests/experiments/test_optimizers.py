@@ -271,6 +271,16 @@ def test_galore_projects_linear_layers_that_are_large_enough() -> None:
     assert low_rank_parameters(model, rank=64) == []
 
 
+@pytest.mark.parametrize(("rank", "words"), [(32, ""), (64, "optimizer.rank=64: no linear layer")])
+def test_galore_that_projects_nothing_says_so(
+    rank: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    GaLoreConfig(name="galore", lr=1e-3, rank=rank).build(Zoo())
+    printed = capsys.readouterr().out
+    assert printed.startswith(words)
+    assert bool(printed) == bool(words)
+
+
 def test_galore_leaves_a_language_models_head_alone() -> None:
     """The authors project attention and MLP; a tied head would project the embedding."""
 

@@ -117,6 +117,7 @@ def test_the_status_lists_every_run_with_its_state(
     assert f"{record['metrics']['eval/loss']:.3f}" in printed
     for words in ("gsm8k  tiny_llama  microadam", "interrupted", "max_length=10: every training"):
         assert words in printed
+    (results / "nothing").mkdir()
     status.main([str(results / "nothing")])
     assert "no runs below" in capsys.readouterr().out
 
