@@ -9,6 +9,7 @@ side.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable
@@ -87,7 +88,7 @@ def state_of(cell: Cell, records: list[Record]) -> State:
     while True:
         by_rate = {rate: _by_seed(cell, rate, records) for rate in sorted(rates)}
         tried = {rate: by_seed for rate, by_seed in by_rate.items() if first in by_seed}
-        best = min(tried, key=lambda rate: _score(tried[rate])) if tried else None
+        best = min(tried, key=lambda rate: _score(cell, tried[rate])) if tried else None
         added = None
         if best is not None and len(tried) == len(rates):
             added = _beyond(best, list(tried), cell)
@@ -117,10 +118,15 @@ def _by_seed(cell: Cell, rate: float, records: list[Record]) -> dict[int, Record
     return {seed: record for seed, record in found.items() if record is not None}
 
 
-def _score(by_seed: dict[int, Record]) -> tuple[int, float]:
-    """Lower is better: how many seeds diverged, then the mean loss of the others."""
-    loss = mean_loss(by_seed.values())
-    num_diverged = sum(record.has_diverged for record in by_seed.values())
+def _score(cell: Cell, by_seed: dict[int, Record]) -> tuple[int, float]:
+    """Lower is better: how many seeds diverged, then the mean loss of the others.
+
+    Seeds count up to the first that is missing, as when they ran: so a record that is deleted later
+    makes no other rate the best.
+    """
+    counted = [by_seed[seed] for seed in itertools.takewhile(by_seed.__contains__, cell.seeds)]
+    loss = mean_loss(counted)
+    num_diverged = sum(record.has_diverged for record in counted)
     return num_diverged, math.inf if loss is None else loss
 
 

@@ -66,6 +66,17 @@ def test_a_rate_that_did_well_by_luck_loses_its_place_to_the_next() -> None:
     assert wanted(planning.state_of(cell(), without)) == [(1e-3, 7)]  # exactly what was deleted
 
 
+def test_a_deleted_record_of_the_best_rate_is_planned_though_the_others_look_worse_then() -> None:
+    seeds = (42, 7, 1)
+    rates = (1e-4, 1e-3, 1e-2)
+    kept = [done(1e-4, 0.99), done(1e-3, 0.90), done(1e-2, 0.95)]
+    kept += [done(1e-2, 0.92, seed=7), done(1e-2, 0.92, seed=1)]
+    kept.append(done(1e-3, 0.99, seed=1))
+    deleted = done(1e-3, 0.80, seed=7)
+    assert planning.state_of(cell(rates, seeds), [*kept, deleted]).best == 1e-3
+    assert wanted(planning.state_of(cell(rates, seeds), kept)) == [(1e-3, 7)]
+
+
 def test_a_rate_at_which_a_seed_diverges_is_worse_than_any_other() -> None:
     found = [done(1e-4, 0.9), done(1e-3, 0.5), done(1e-2, 0.95)]
     found.append(done(1e-3, 0.1, seed=7, status="diverged"))
