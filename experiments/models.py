@@ -119,11 +119,12 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
 
 def _require_ability(config: ModelConfig, model_type: str | None, model_class: Any) -> None:
     ability, model_types = _ABILITIES[model_class]
+    kind = "it is no language model" if model_type is None else f"its type is {model_type}"
     require(
         model_type in model_types,
         "model",
         config.name,
-        f"its type is {model_type}; this task needs a model that {ability}",
+        f"{kind}; this task needs a model that {ability}",
     )
 
 
