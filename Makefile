@@ -17,7 +17,7 @@ help:  ## print this
 	@echo "  SCALE=mini|paper|smoke HARDWARE=auto|cpu|a100_80gb|...   for table1 to table4, with"
 	@echo "  DRY=1        only plan: runs that exist and are missing, their time and memory"
 	@echo "  FRESH=1      run everything again (interrupted, it says how to go on)"
-	@echo "  JOBS=2       two runs at a time on this machine: on two cores a fifth faster than one"
+	@echo "  JOBS=2       two runs at a time on this machine, which share its cores"
 	@echo "  LAUNCHER=... of Hydra, such as submitit_slurm: runs side by side on a cluster"
 	@echo "  ARGS=...   arguments added to what demo, test runs, e.g. make test ARGS='-k layout -x'"
 	@echo "  PYTHON=... interpreter setup makes the environment with (3.10 to 3.13; default: what it finds)"

@@ -83,7 +83,7 @@ def read(name: str) -> Definition:
     return Definition(name=name, **values)
 
 
-def print_plan(states: list[State], found: list[Record], num_jobs: int) -> None:
+def print_plan(states: list[State], found: list[Record]) -> None:
     """How many runs of each cell exist, how many are missing, and what these will take."""
     names = [f"{state.cell.model}, {state.cell.optimizer}" for state in states]
     for name, state in zip(names, states, strict=True):
@@ -92,15 +92,15 @@ def print_plan(states: list[State], found: list[Record], num_jobs: int) -> None:
         line = f"  {name:<{max(map(len, names))}}  {num_found} of {num_found + num_missing} runs"
         if num_missing:
             peak = formats.size(_planned_peak_bytes(state.cell))
-            line += f"; missing: {_time_text([state], found, num_jobs)}, planned peak memory {peak}"
+            line += f"; missing: {_time_text([state], found)}, planned peak memory {peak}"
         print(line, flush=True)
     num_missing = sum(len(state.missing) + state.num_later for state in states)
-    time_text = _time_text(states, found, num_jobs)
+    time_text = f"{_time_text(states, found)}, one after the other"
     print(f"  {num_missing} missing: {time_text}" if num_missing else "  all exist")
 
 
-def _time_text(states: list[State], found: list[Record], num_jobs: int) -> str:
-    """How long all missing runs take, so many at a time."""
+def _time_text(states: list[State], found: list[Record]) -> str:
+    """How long all missing runs take, one after the other."""
     seconds = 0.0
     for state in states:
         if state.missing:
@@ -108,7 +108,7 @@ def _time_text(states: list[State], found: list[Record], num_jobs: int) -> str:
             if of_one is None:
                 return "unknown time"
             seconds += of_one * (len(state.missing) + state.num_later)
-    return f"about {formats.duration(seconds / num_jobs)}"
+    return f"about {formats.duration(seconds)}"
 
 
 def _planned_peak_bytes(cell: Cell) -> int:
@@ -133,7 +133,7 @@ def do_missing(cells: list[Cell], options: argparse.Namespace) -> tuple[list[Sta
                 bar = tqdm.format_meter(
                     num_done, num_runs, 0, bar_format="{bar:30} {n_fmt} of {total_fmt} runs"
                 )
-                print(f"\n{bar}, {_time_text(states, found, options.jobs)} left")
+                print(f"\n{bar}; left, one after the other: {_time_text(states, found)}")
                 print(*runs, sep="\n", flush=True)
                 log = _log(runs[0], options) if limit > 1 else None
                 jobs.start(_command(runs, options), log)
@@ -228,7 +228,7 @@ def make_table(options: argparse.Namespace) -> None:
     cells = definition.cells(options.scale, options.hardware)
     found = records.load(options.results_dir)
     print(f"{title} ({options.scale} scale)")
-    print_plan(states_of(cells, found, options.fresh), found, options.jobs)
+    print_plan(states_of(cells, found, options.fresh), found)
     if options.dry:
         return
     states, failed = do_missing(cells, options)
