@@ -35,6 +35,7 @@ class ModelConfig:
     path: str | None = None  # folder of a saved transformers model; used before hub and package
     hub_id: str | None = None
     package: str | None = None  # installed Python package that carries the weights
+    tokenizer_package: str | None = None  # and the tokenizer, where that one has none
     architecture: dict[str, Any] = field(default_factory=dict)  # a transformers config
 
     def __post_init__(self) -> None:

