@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import checkpoints, status
+from experiments import checkpoints, hardware, status
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
 from experiments.records import RunFolder
@@ -232,6 +234,17 @@ def test_micro_batches_change_only_the_order_of_sums(composed: Compose) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="concerns glibc's allocator")
+def test_on_a_cpu_large_blocks_are_reused_with_their_pages(composed: Compose) -> None:
+    hardware.resolve(composed(*SHORT).hardware)
+    num_elements = 2**24
+    torch.ones(num_elements)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(num_elements)
+    num_faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert num_faults < 0.01 * num_elements * 4 / resource.getpagesize()
+
+
 def test_without_a_gpu_a_gpu_run_is_refused(composed: Compose) -> None:
     with pytest.raises(ExperimentError, match=r"hardware=a100_80gb.*dry_run=true"):
         execute(composed("scale=smoke", "hardware=a100_80gb"))
