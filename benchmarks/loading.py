@@ -148,7 +148,7 @@ def main() -> None:
     ]
     versions = {name: metadata.version(name) for name in ("ffcv", "torchvision", "pillow")}
     results = {"environment": report.environment("cpu") | versions, "rows": rows}
-    report.write(args.output, "Image loading", notes, report.table(headers, lines), results)
+    print(report.write(args.output, "Image loading", notes, report.table(headers, lines), results))
 
 
 if __name__ == "__main__":

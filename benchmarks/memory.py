@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.models import MODELS, num_parameters
-from benchmarks.optimizers import available, make_parameters, missing, state_bytes
+from benchmarks.optimizers import available, make_parameters, missing, state_bytes, supports
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -24,15 +24,19 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--optimizers", nargs="+", choices=available(), default=list(available()))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, default=Path("results/benchmark_memory"))
     args = parser.parse_args()
 
     rows: list[dict[str, Any]] = []
     for model in args.models:
         for dtype in args.dtypes:
-            for name, factory in available().items():
-                params = make_parameters(MODELS[model], DTYPES[dtype], "cpu", seed=0)
-                optimizer = factory(params)
+            for name in args.optimizers:
+                if not supports(name, DTYPES[dtype], args.device):
+                    continue
+                params = make_parameters(MODELS[model], DTYPES[dtype], args.device, seed=0)
+                optimizer = available()[name](params)
                 for p in params:
                     p.grad = p.detach().clone()
                 optimizer.step()
@@ -49,21 +53,26 @@ def main() -> None:
     # One line an optimizer, one column a model and dtype.
     cases = [(model, dtype) for model in args.models for dtype in args.dtypes]
     lines = []
-    for name in available():
+    for name in args.optimizers:
         own = {(row["model"], row["dtype"]): row for row in rows if row["optimizer"] == name}
-        shares = [own[case]["state_bytes"] / own[case]["num_parameters"] for case in cases]
-        lines.append([name, *(f"{share:.3f}" for share in shares)])
+        shares = [
+            f"{own[case]['state_bytes'] / own[case]['num_parameters']:.3f}" if case in own else ""
+            for case in cases
+        ]
+        lines.append([name, *shares])
     headers = ["optimizer", *(f"{model}, {dtype}" for model, dtype in cases)]
     notes = [
         "Bytes of state a parameter after one step; parameters and gradients not counted.",
         f"Not installed: {', '.join(missing()) or 'none'}.",
     ]
     results = {
-        "environment": report.environment("cpu"),
+        "environment": report.environment(args.device),
         "not_installed": missing(),
         "rows": rows,
     }
-    report.write(args.output, "Optimizer state", notes, report.table(headers, lines), results)
+    print(
+        report.write(args.output, "Optimizer state", notes, report.table(headers, lines), results)
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Parameters = Sequence[torch.nn.Parameter]
 Factory = Callable[[Parameters], Optimizer]
 
 BASELINE = "AdamW (fused)"
+ORIGINAL = "original MicroAdam"
 
 
 def _from(module: str, name: str, **arguments: object) -> Factory:
@@ -42,6 +43,11 @@ _FACTORIES: dict[str, tuple[str, Factory]] = {  # name: (module it needs, how it
     "FlashAdamW": ("flashoptim", _from("flashoptim", "FlashAdamW")),
     "GaLore": ("experiments", _galore),
     "CAME": ("experiments", _from("experiments.came", "CAME", lr=1e-3)),
+    # The last, since it overwrites gradients.
+    ORIGINAL: (
+        "ista_daslab_optimizers",
+        _from("ista_daslab_optimizers", "MicroAdam", m=10, lr=1e-3, quant_block_size=100_000),
+    ),
 }
 
 
@@ -52,6 +58,10 @@ def available() -> dict[str, Factory]:
         for name, (module, factory) in _FACTORIES.items()
         if importlib.util.find_spec(module)
     }
+
+
+def supports(name: str, dtype: torch.dtype, device: str) -> bool:
+    return name != ORIGINAL or (dtype == torch.bfloat16 and device == "cuda")
 
 
 def missing() -> list[str]:

@@ -53,12 +53,12 @@ def table(headers: list[str], rows: list[list[str]]) -> str:
     )
 
 
-def write(output: Path, title: str, notes: list[str], tables: str, results: dict[str, Any]) -> None:
-    """Prints the tables and writes them beside the numbers: ``output`` .json and .md."""
+def write(output: Path, title: str, notes: list[str], tables: str, results: dict[str, Any]) -> str:
+    """Writes the tables beside the numbers, ``output`` .json and .md; returns the latter's text."""
     facts = ", ".join(f"{k} {v}" for k, v in results["environment"].items() if k != "command")
     command = results["environment"]["command"]
     text = f"# {title}\n\n`{command}`\n\n{facts}\n\n" + "\n".join(notes) + f"\n\n{tables}\n"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".md").write_text(text)
     output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    print(text)
+    return text

@@ -30,12 +30,20 @@ from benchmarks.models import (
     Shapes,
     num_parameters,
 )
-from benchmarks.optimizers import BASELINE, Factory, available, make_parameters, missing
+from benchmarks.optimizers import (
+    BASELINE,
+    Factory,
+    available,
+    make_parameters,
+    missing,
+    supports,
+)
 from microadam import BlockLayout
 
 NUM_WARM_UP = 12  # fills MicroAdam's window
 NUM_GRADIENTS = 4  # steps see them in turn
 MAX_ROUND_S = 20.0  # a slower optimizer gets fewer rounds
+SECTOR_BYTES = 32  # what a GPU's memory gives at a time
 ALL_MODELS = MODELS | LARGE_MODELS | {new: MODELS[of] for new, of in SPARSE_MODELS.items()}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -119,20 +127,37 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.nbytes / best_s
 
 
-def bytes_moved(name: str, shapes: Shapes, dtype: torch.dtype) -> int | None:
-    """Bytes that a step must read and write at least; None where nobody has counted them."""
-    numel, size = num_parameters(shapes), dtype.itemsize
+def bytes_moved(name: str, contestant: Contestant) -> int | None:
+    """Bytes that its last step read and wrote at least; None where nobody has counted them."""
+    params = contestant.params
+    num_bytes = sum(p.nbytes for p in params)
     if name.startswith("AdamW"):
-        return numel * size * (1 + 2 * 3)  # the gradient, and parameters and two moments both ways
+        return num_bytes * (1 + 2 * 3)  # the gradient, and parameters and two moments both ways
     if name != "MicroAdam":
         return None
-    total = numel * size * 3
-    for shape in shapes:
-        layout = BlockLayout(num_parameters([shape]))
+    total = num_bytes
+    for p in params:
+        layout = BlockLayout(p.numel())
         num_entries = layout.num_blocks * layout.k
         total += 2 * (layout.num_buckets * layout.bucket_size // 2 + 4 * layout.num_buckets)
         total += 4 * num_entries * (layout.window_size + 1)  # read all slots, write one
+        # The CPU core fetches all of the parameter.
+        total += 2 * (_updated_bytes(contestant, p, layout) if p.is_cuda else p.nbytes)
     return total
+
+
+def _updated_bytes(contestant: Contestant, p: torch.nn.Parameter, layout: BlockLayout) -> int:
+    """Of the parameter, in sectors of a GPU's memory where the window has a coordinate."""
+    per_sector = SECTOR_BYTES // p.element_size()
+    is_updated = torch.zeros(-(-p.numel() // per_sector), dtype=torch.bool, device=p.device)
+    window = contestant.optimizer.state[p]["window_indices"]
+    for segment in layout.segments:
+        last_block = segment.first_block + segment.num_blocks
+        blocks = torch.arange(segment.first_block, last_block, device=p.device)
+        for slot in range(layout.window_size):
+            indices = window[segment.first_block : last_block, slot, : segment.k].long()
+            is_updated[(indices + blocks[:, None] * layout.block_size) // per_sector] = True
+    return int(is_updated.sum()) * SECTOR_BYTES
 
 
 def main() -> None:
@@ -160,7 +185,7 @@ def main() -> None:
             ]
             baseline = Contestant(available()[BASELINE], shapes, dtype, args.device)
             for name in args.optimizers:
-                if name == BASELINE:
+                if name == BASELINE or not supports(name, dtype, args.device):
                     continue
                 other = Contestant(available()[name], shapes, dtype, args.device)
                 row: dict[str, Any] = {"model": model, "shapes": SPARSE_MODELS.get(model, model)}
@@ -168,13 +193,17 @@ def main() -> None:
                 # Anew for each: on a shared machine it may double from one minute to the next.
                 row["copy_bandwidth_bytes_per_s"] = bandwidth = copy_bandwidth(args.device)
                 row |= compare(baseline, other, grads, args.rounds)
-                num_bytes = bytes_moved(name, shapes, dtype)
+                num_bytes = bytes_moved(name, other)
                 if num_bytes is not None:
                     row["bytes_moved"] = num_bytes
                     row["share_of_copy_bandwidth"] = num_bytes / row["step_s"] / bandwidth
                 rows.append(row)
                 print(f"{model} {dtype_name} {name}: {row['ratio']:.3f}", flush=True)
+                write(rows, args)  # what is measured is kept, whatever comes next
+    print(write(rows, args))
 
+
+def write(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     headers = ["model", "dtype", "optimizer", "ratio", "quartiles", "step", "ns a parameter"]
     headers += ["bytes a parameter", "copy, GB/s", "of copy", "quiet rounds"]
     lines = []
@@ -206,7 +235,7 @@ def main() -> None:
         "not_installed": missing(),
         "rows": rows,
     }
-    report.write(args.output, "Optimizer step", notes, report.table(headers, lines), results)
+    return report.write(args.output, "Optimizer step", notes, report.table(headers, lines), results)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ struct Moments {
   float second[kMomentChunk];
 };
 
-struct Shared {
+struct alignas(16) Shared {  // moments are cleared four at a time
   union {  // one after the other
     Selection selection;
     Moments moments;

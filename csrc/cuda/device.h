@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 namespace microadam::cuda {
 
@@ -28,7 +29,7 @@ inline cudaStream_t current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(getter != nullptr, "MicroAdam finds no current CUDA stream in this torch");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(device, &stream));
+  TORCH_ERROR_CODE_CHECK(getter(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
