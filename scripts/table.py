@@ -97,6 +97,19 @@ def print_plan(states: list[State], found: list[Record]) -> None:
     num_missing = sum(len(state.missing) + state.num_later for state in states)
     time_text = f"{_time_text(states, found)}, one after the other"
     print(f"  {num_missing} missing: {time_text}" if num_missing else "  all exist")
+    if num_missing:
+        _print_where_data_comes_from(states[0].cell)
+
+
+def _print_where_data_comes_from(cell: Cell) -> None:
+    """Where it is not the local folder: all runs of a table have one data set."""
+    dataset = compose(*cell.overrides).dataset
+    if dataset.source in ("auto", "real") and dataset.local_folder() is None:
+        generated = " or, where that has it not, generated" if dataset.source == "auto" else ""
+        print(
+            f"  data: there is no {Path(dataset.root, dataset.name)} (MICROADAM_DATA names another "
+            f"place), so {dataset.name} comes from the hub{generated}"
+        )
 
 
 def _time_text(states: list[State], found: list[Record]) -> str:

@@ -237,6 +237,19 @@ def test_missing_runs_are_done_once_and_a_deleted_record_is_the_only_one_done_ag
     assert all("force=true" in overrides for overrides in ran)
 
 
+@pytest.mark.parametrize(("scale", "says"), [("mini", True), ("smoke", False)])
+def test_a_plan_says_where_the_data_is_not_that_of_the_local_folder(
+    scale: str,
+    says: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MICROADAM_DATA", str(tmp_path))
+    make_table(tmp_path, "--scale", scale, "--dry")
+    assert (f"there is no {tmp_path / 'mnli'} " in capsys.readouterr().out) == says
+
+
 def test_an_interrupted_fresh_table_says_how_it_goes_on_and_then_does_the_rest(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
