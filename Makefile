@@ -88,7 +88,7 @@ benchmark: setup  ## step time and state memory of the optimizers, image loading
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.loading
 
-studies: setup  ## run the studies anew, into results/studies/ (about 10 minutes on an idle core)
+studies: setup  ## run the studies anew, into results/studies/ (about 5 minutes on an idle core)
 	$(BIN)/python -m experiments.studies all $(ARGS)
 
 clean:  ## remove what was built and cached; the environment and all results stay

@@ -99,7 +99,7 @@ pip_install() {
 install_ffcv() {
     local packages="libopencv-dev libturbojpeg0-dev pkg-config"
     { pkg-config --exists opencv4 libturbojpeg 2>/dev/null || apt_install $packages; } &&
-        run_pip --no-build-isolation '.[ffcv]' && "$VENV/bin/python" -c 'import ffcv' 2>>"$LOG" ||
+        run_pip --no-build-isolation -e '.[ffcv]' && "$VENV/bin/python" -c 'import ffcv' 2>>"$LOG" ||
         say "FFCV, the fast image loader, could not be built (it wants 'apt-get install $packages'; see $LOG):" \
             "everything works, but images are loaded by torchvision, slower."
 }

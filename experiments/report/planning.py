@@ -80,8 +80,13 @@ class State:
 
 
 def state_of(cell: Cell, records: list[Record]) -> State:
-    """What ``records``, the newest first, hold of ``cell``: of one source of data and weights."""
+    """What ``records``, the newest first, hold of ``cell``.
+
+    Only of one source of data and weights, the newest; generated data stands in for none that is
+    real.
+    """
     records = [r for r in records if r.is_run_of(Run(cell, r.learning_rate, r.seed).config)]
+    records = [r for r in records if r.sources[0] != "generated"] or records
     records = [r for r in records if r.sources == records[0].sources]
     first, *others = cell.seeds
     rates = list(cell.learning_rates)

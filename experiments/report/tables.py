@@ -136,7 +136,7 @@ def make(
     if num_missing:
         caption.append(f"Incomplete; runs missing: {num_missing}.")
     if used:
-        caption += _selection(states) + _provenance(used)
+        caption += _selection(states) + _provenance(used, columns)
     return Table(name, scale, title, columns, rows, caption)
 
 
@@ -199,7 +199,7 @@ def _selection(states: list[State]) -> list[str]:
     return sentences
 
 
-def _provenance(records: list[Record]) -> list[str]:
+def _provenance(records: list[Record], columns: list[Column]) -> list[str]:
     """What the numbers rest on. No clock is read: the same records give the same caption."""
 
     def all_of(name: str) -> str:
@@ -226,11 +226,15 @@ def _provenance(records: list[Record]) -> list[str]:
         for record in records
         if record.values["git_commit"]
     }
-    return [
+    sentences = [
         f"Data: {_listed(data)}.",
         f"Weights: {all_of('model_source')}.",
         f"Hardware: {_listed(record.machine_with_threads for record in records)}.",
-        f"Peak memory: {'; '.join(memory[device] for device in sorted(devices))}.",
+    ]
+    if any("memory/peak_bytes" in column.metrics for column in columns):
+        sentences.append(f"Peak memory: {'; '.join(memory[device] for device in sorted(devices))}.")
+    return [
+        *sentences,
         f"Versions: {_listed(versions)}.",
         f"Runs of {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else "") + ".",
         f"Commit: {_listed(commits) or 'unknown'}.",

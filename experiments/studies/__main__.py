@@ -1,7 +1,7 @@
 """Runs studies and writes what they measured to results/studies/NAME.json.
 
 python -m experiments.studies                        what there is
-python -m experiments.studies all                    every study, about 10 minutes on an idle core
+python -m experiments.studies all                    every study, about 5 minutes on an idle core
 python -m experiments.studies rosenbrock lr=0.02     one, with another setting
 """
 

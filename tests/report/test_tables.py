@@ -152,10 +152,27 @@ def test_a_run_on_data_in_a_folder_of_the_users_is_not_the_tables() -> None:
     assert planning.state_of(cell(), found).tried == {}
 
 
-def test_records_of_two_sources_are_not_averaged() -> None:
-    values = [*of_seeds({42: 0.5, 7: 0.6}), *of_seeds({42: 0.9, 1: 0.9}, data_source="hub")]
+@pytest.mark.parametrize(
+    ("newer", "older", "taken"),
+    [("local", "hub", "local"), ("hub", "local", "hub"), ("hub", "generated", "hub")],
+)
+def test_records_of_two_sources_are_not_averaged(newer: str, older: str, taken: str) -> None:
+    values = [
+        *of_seeds({42: 0.5, 7: 0.6}, data_source=newer),
+        *of_seeds({42: 0.9, 1: 0.9}, data_source=older),
+    ]
     state = planning.state_of(cell(), [Record(f"{i}.json", v) for i, v in enumerate(values)])
-    assert {r.values["data_source"] for r in state.records} == {"generated"}
+    assert {r.values["data_source"] for r in state.records} == {taken}
+    assert [run.seed for run in state.missing] == [1]
+
+
+def test_generated_data_does_not_take_the_place_of_real_data() -> None:
+    values = [
+        *of_seeds({42: 0.5, 1: 0.5}, data_source="generated"),
+        *of_seeds({42: 0.9, 7: 0.9}, data_source="local"),
+    ]
+    state = planning.state_of(cell(), [Record(f"{i}.json", v) for i, v in enumerate(values)])
+    assert {r.values["data_source"] for r in state.records} == {"local"}
     assert [run.seed for run in state.missing] == [1]
 
 
