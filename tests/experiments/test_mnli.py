@@ -267,6 +267,17 @@ def test_weights_in_a_package_are_found_without_importing_it(
     assert "some_weights" not in sys.modules
 
 
+def test_a_package_without_weights_is_refused(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "no_weights").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(pretrained, "_package_version", lambda package: f"{package} 1.0")
+    config = composed("task=mnli", "model.package=no_weights").model
+    with pytest.raises(ExperimentError, match=r"model\.package=no_weights: it has no weights"):
+        pretrained.locate(config)
+
+
 def test_an_encoder_from_an_onnx_file_gives_what_the_file_gives(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
