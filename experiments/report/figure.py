@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
+_DECIMALS = re.compile(r"(\d\.\d\d)\d+")  # in an SVG a hundredth of a point is enough
 INK = "#3b4252"  # text and axes
 GRID = "#d8dee9"
 
@@ -64,7 +66,8 @@ def save(drawing: Drawing, figures_dir: Path, name: str, title: str, sentence: s
         for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             files.append(figures_dir / f"{name}.{suffix}")
             drawing.savefig(files[-1], dpi=160, metadata=metadata)
-    png, _ = files
+    png, svg = files
+    svg.write_text(_DECIMALS.sub(r"\1", svg.read_text(encoding="utf-8")), encoding="utf-8")
     with Image.open(png) as image:
         palette = image.convert("RGB").quantize(128)  # a drawing needs no more: half the bytes
     palette.save(png, optimize=True)

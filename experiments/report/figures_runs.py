@@ -152,7 +152,7 @@ def _score_against_state(
                 va=side,
                 fontsize=8.5,
             )
-        ax.margins(0.1, 0.22)
+        ax.margins(0.15, 0.22)
         ax.set(title=model, xlabel="optimizer state, bytes a parameter", ylabel=column.label)
         before = _before(rows, column, by_file)
         if before is not None:

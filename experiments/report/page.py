@@ -77,7 +77,8 @@ def _asset(name: str) -> Markup:
 
 def _json(values: Any) -> Markup:
     """For a script element, which any "</" would end."""
-    return Markup(json.dumps(values, ensure_ascii=False).replace("</", r"<\/"))
+    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+    return Markup(text.replace("</", r"<\/"))
 
 
 def _data(all_tables: Sequence[Table], by_file: dict[str, Record]) -> dict[str, Any]:
