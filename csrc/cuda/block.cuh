@@ -47,7 +47,8 @@ struct Moments {
   float second[kMomentChunk];
 };
 
-struct alignas(16) Shared {  // moments are cleared four at a time
+// Aligned for moments, which are cleared four at a time.
+struct alignas(16) Shared {
   union {  // one after the other
     Selection selection;
     Moments moments;
