@@ -11,7 +11,7 @@ printed). A table is a file in configs/table/:
     optimizers, models    a row for each pair: its label, and run.py's overrides
     columns               metrics of a record (several: the mean of those present) and their unit
     seeds                 the first also tries the learning rates
-    learning_rates        by optimizer, all to be tried; without: that of the preset
+    learning_rates        by optimizer (and model), all to be tried; without: that of the preset
     overrides             by optimizer, what else differs at this scale
 """
 
@@ -45,7 +45,7 @@ _QUEUES = {"submitit_slurm"}  # launchers that only hand jobs over: they get all
 class Scale:
     models: dict[str, list[str]]
     seeds: list[int]
-    learning_rates: dict[str, list[float]] = field(default_factory=dict)
+    learning_rates: dict[str, list[float] | dict[str, list[float]]] = field(default_factory=dict)
     overrides: dict[str, list[str]] = field(default_factory=dict)
     title: str | None = None  # where it differs
     notes: list[str] = field(default_factory=list)  # beside the table's
@@ -70,6 +70,8 @@ class Definition:
                 chosen += [*of_model, *of_optimizer, *of_scale.overrides.get(optimizer, [])]
                 config = dataclasses.asdict(compose(*chosen))
                 rates = of_scale.learning_rates.get(optimizer, [config["optimizer"]["lr"]])
+                if isinstance(rates, dict):
+                    rates = rates[model]
                 seeds = tuple(of_scale.seeds)
                 cells.append(Cell(model, optimizer, tuple(chosen), config, tuple(rates), seeds))
         return cells

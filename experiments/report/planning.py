@@ -1,10 +1,10 @@
 """Which runs a table is made of, which of them are missing, and which learning rate is best.
 
 Every rate of the grid is tried with the first seed. The best so far then runs with the other seeds
-too, until the best has all of them: a rate that did well by luck loses its place to the next. The
-best rate has the lowest training loss, a mean over its seeds, so the reported score takes no part
-in choosing it. While the best of several rates is the lowest or the highest, the grid grows on that
-side.
+too. Where its mean is then worse than the next rate by more than its standard error, it did well by
+luck, and the next has its turn. The best rate has the lowest training loss, a mean over its seeds,
+so the reported score takes no part in choosing it. While the best of several rates is the lowest or
+the highest, the grid grows on that side.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def state_of(cell: Cell, records: list[Record]) -> State:
     while True:
         by_rate = {rate: _by_seed(cell, rate, records) for rate in sorted(rates)}
         tried = {rate: by_seed for rate, by_seed in by_rate.items() if first in by_seed}
-        best = min(tried, key=lambda rate: _score(cell, tried[rate])) if tried else None
+        best = _best(cell, tried)
         added = None
         if best is not None and len(tried) == len(rates):
             added = _beyond(best, list(tried), cell)
@@ -123,6 +123,22 @@ def _by_seed(cell: Cell, rate: float, records: list[Record]) -> dict[int, Record
     return {seed: record for seed, record in found.items() if record is not None}
 
 
+def _best(cell: Cell, tried: dict[float, dict[int, Record]]) -> float | None:
+    """The rate of the lowest score; but one with all seeds keeps its place within its error."""
+    if not tried:
+        return None
+    scores = {rate: _score(cell, by_seed) for rate, by_seed in tried.items()}
+    best = min(tried, key=scores.__getitem__)
+    complete = [rate for rate in tried if len(tried[rate]) == len(cell.seeds)]
+    if not complete or best in complete:
+        return best
+    holder = min(complete, key=scores.__getitem__)
+    num_diverged, mean = scores[holder]
+    losses = _losses(tried[holder].values())
+    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+    return best if scores[best] < (num_diverged, mean - error) else holder
+
+
 def _score(cell: Cell, by_seed: dict[int, Record]) -> tuple[int, float]:
     """Lower is better: how many seeds diverged, then the mean loss of the others.
 
@@ -137,8 +153,12 @@ def _score(cell: Cell, by_seed: dict[int, Record]) -> tuple[int, float]:
 
 def mean_loss(records: Iterable[Record]) -> float | None:
     """The training loss that rates are compared by; None where all diverged."""
-    losses = [r.metrics[_SELECTED_BY] for r in records if not r.has_diverged]
+    losses = _losses(records)
     return statistics.fmean(losses) if losses else None
+
+
+def _losses(records: Iterable[Record]) -> list[float]:
+    return [r.metrics[_SELECTED_BY] for r in records if not r.has_diverged]
 
 
 def _beyond(best: float, rates: list[float], cell: Cell) -> float | None:

@@ -50,20 +50,32 @@ def test_exactly_what_is_missing_is_planned() -> None:
 
 def test_a_rate_that_did_well_by_luck_loses_its_place_to_the_next() -> None:
     """As at mini scale: 62.6% with the first seed, 48.3% with another."""
+    of_three = cell(seeds=(42, 7, 1))
     found = [done(1e-4, 0.90), done(1e-3, 0.88), done(1e-2, 0.89)]
-    found.append(done(1e-3, 0.99, seed=7))
-    state = planning.state_of(cell(), found)
+    found += [done(1e-3, 0.99, seed=7), done(1e-3, 0.99, seed=1)]
+    state = planning.state_of(of_three, found)
     assert state.best == 1e-2
     assert wanted(state) == [(2e-2, 42)]  # the edge of the grid
     found.append(done(2e-2, 0.95))
-    assert wanted(planning.state_of(cell(), found)) == [(1e-2, 7)]
-    found.append(done(1e-2, 0.90, seed=7))
-    complete = planning.state_of(cell(), found)
+    assert wanted(planning.state_of(of_three, found)) == [(1e-2, 7), (1e-2, 1)]
+    found += [done(1e-2, 0.90, seed=7), done(1e-2, 0.91, seed=1)]
+    complete = planning.state_of(of_three, found)
     assert (complete.best, complete.missing) == (1e-2, [])
-    assert {record.seed for record in complete.records} == {42, 7}
+    assert {record.seed for record in complete.records} == {42, 7, 1}
     assert len(complete.all_records) == len(found)
     without = [record for record in found if record is not found[3]]
-    assert wanted(planning.state_of(cell(), without)) == [(1e-3, 7)]  # exactly what was deleted
+    assert wanted(planning.state_of(of_three, without)) == [(1e-3, 7)]  # exactly what was deleted
+
+
+def test_a_rate_with_all_seeds_keeps_its_place_within_its_standard_error() -> None:
+    """Of (0.88, 0.92, 0.96): 0.0231 around 0.92."""
+    held = [done(1e-4, 0.95), done(1e-3, 0.88), done(1e-3, 0.92, seed=7), done(1e-3, 0.96, seed=1)]
+    for loss, best in ((0.898, 1e-3), (0.896, 1e-2)):
+        state = planning.state_of(
+            cell((1e-4, 1e-3, 1e-2, 1e-1), (42, 7, 1)), [*held, done(1e-2, loss), done(1e-1, 1.5)]
+        )
+        assert state.best == best
+        assert len(state.missing) == (0 if best == 1e-3 else 2)
 
 
 def test_a_deleted_record_of_the_best_rate_is_planned_though_the_others_look_worse_then() -> None:

@@ -367,6 +367,8 @@ def test_every_run_of_every_table_can_be_composed(name: str, hardware: str) -> N
         cells = definition.cells(scale, hardware)
         assert len(cells) == len(of_scale.models) * len(definition.optimizers)
         assert set(of_scale.learning_rates) <= set(definition.optimizers)
+        for rates in of_scale.learning_rates.values():
+            assert isinstance(rates, list) or set(rates) == set(of_scale.models)
         configs = [json.dumps(cell.config, sort_keys=True) for cell in cells]
         assert len(set(configs)) == len(cells)
 
