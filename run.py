@@ -141,7 +141,13 @@ if __name__ == "__main__":
     register_schemas()
     try:
         main()
-    except (ExperimentError, HydraException, OmegaConfBaseException) as error:
+    except (
+        ExperimentError,
+        HydraException,
+        OmegaConfBaseException,
+        NotADirectoryError,  # where Hydra makes the folder of a sweep
+        PermissionError,
+    ) as error:
         if wants_traceback:
             raise
         if os.environ.get("RANK", "0") == "0":  # every rank meets the same error

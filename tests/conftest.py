@@ -1,8 +1,9 @@
-"""What all tests share: the hypothesis profile, and GPU tests skipped where there is no GPU."""
+"""What all tests share: hypothesis profile, folders, GPU tests skipped where there is no GPU."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -24,3 +25,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is left behind in the user's cache, nothing found there or among the user's data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MICROADAM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("MICROADAM_DATA", str(tmp_path_factory.mktemp("data")))
+        yield

@@ -220,8 +220,8 @@ def _learning_rates(table: Table, figures_dir: Path) -> Figure | None:
         ax.legend()
     sentence = (
         "Training loss over the last tenth of the steps, by learning rate. A filled point is the "
-        f"mean of all seeds ({num_seeds}), a hollow one is of fewer, as a rule of the first. A "
-        "vertical line is a rate that diverged."
+        f"mean of all seeds ({num_seeds}), a hollow one is of fewer. Also rates "
+        "that the table does not try, of earlier trials. A vertical line is a rate that diverged."
     )
     title = f"Learning rates: {_short(table)}"
     return save(drawing, figures_dir, f"lr_{table.file_stem}", title, sentence)

@@ -60,6 +60,7 @@ class State:
 
     cell: Cell
     tried: dict[float, dict[int, Record]]  # by rate, ascending, and seed; has each rate's first
+    beside: dict[float, dict[int, Record]]  # likewise, of rates that are not the cell's
     best: float | None  # rate, so far; None where none is tried or all diverged
     missing: list[Run]  # that can run now
     num_later: int  # that can run once all rates are tried; at least so many
@@ -100,6 +101,9 @@ def state_of(cell: Cell, records: list[Record]) -> State:
         if added is None:
             break
         rates.append(added)
+    other_rates = sorted({record.learning_rate for record in records} - {*rates})
+    beside = {rate: _by_seed(cell, rate, records) for rate in other_rates}
+    beside = {rate: by_seed for rate, by_seed in beside.items() if by_seed}
     missing = [Run(cell, rate, first) for rate in rates if rate not in tried]
     # At whichever of these rates turns out the best: the other seeds may be there already.
     candidates = [run.learning_rate for run in missing] + ([] if best is None else [best])
@@ -107,10 +111,10 @@ def state_of(cell: Cell, records: list[Record]) -> State:
     if missing:
         num_later = min(sum(seed not in by_rate[rate] for seed in others) for rate in candidates)
     if best is None or all(record.has_diverged for record in tried[best].values()):
-        return State(cell, tried, None, missing, num_later)
+        return State(cell, tried, beside, None, missing, num_later)
     if not missing:
         missing = [Run(cell, best, seed) for seed in others if seed not in tried[best]]
-    return State(cell, tried, best, missing, num_later)
+    return State(cell, tried, beside, best, missing, num_later)
 
 
 def _by_seed(cell: Cell, rate: float, records: list[Record]) -> dict[int, Record]:

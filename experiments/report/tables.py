@@ -45,7 +45,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Trial:
-    """A learning rate, tried with the first seed or, as the best so far, with all."""
+    """A learning rate: tried with the first seed or, as the best so far, with all; or beside those
+    that the table tries, where there are records of it."""
 
     learning_rate: float
     loss: float | None  # mean over the seeds; None: all diverged
@@ -154,7 +155,7 @@ def _row(state: State, columns: list[Column]) -> Row:
         records=[record.file for record in shown],
         trials=[
             Trial(rate, mean_loss(by_seed.values()), [r.file for r in by_seed.values()])
-            for rate, by_seed in state.tried.items()
+            for rate, by_seed in sorted({**state.tried, **state.beside}.items())
         ],
         data_source=_listed(record.values["data_source"] for record in shown),
         machine=_listed(record.machine for record in shown),

@@ -125,4 +125,12 @@ def chosen(config: RunConfig) -> type[Task]:
         evaluation.protocol,
         f"task={name} has an evaluation of its own; leave this out",
     )
+    for harness_name, harness_task in evaluation.harness.items():
+        require(
+            harness_task.dataset.name == harness_name,
+            f"evaluation.harness.{harness_name}.dataset",
+            harness_task.dataset.name,
+            f"must be {harness_name}; evaluation={evaluation.protocol} takes it from the task: "
+            f"choose task={harness_name}, or another evaluation",
+        )
     return task

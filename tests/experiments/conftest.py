@@ -1,8 +1,7 @@
-"""Composing configs as the command line does, and a place of their own for files they make."""
+"""Composing configs as the command line does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,6 @@ import pytest
 from experiments.config import RunConfig
 from run import compose
 from tests.experiments.helpers import Compose
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is left behind in the user's cache, nothing found there or among the user's data."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MICROADAM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("MICROADAM_DATA", str(tmp_path_factory.mktemp("data")))
-        yield
 
 
 @pytest.fixture

@@ -72,6 +72,12 @@ def test_the_plan_refuses_what_the_run_would_refuse(
         planning.make(composed("scale=smoke", *overrides))
 
 
+def test_another_tasks_evaluation_does_not_read_this_tasks_data(composed: Compose) -> None:
+    config = composed("task=open_platypus", "evaluation=gsm8k_0shot")
+    with pytest.raises(ExperimentError, match=r"gsm8k\.dataset=instruct_stem: must be gsm8k; .*"):
+        planning.make(config)
+
+
 def test_an_optimizer_that_is_not_installed_here_can_be_planned(
     composed: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:

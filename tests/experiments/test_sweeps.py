@@ -63,6 +63,17 @@ def test_a_failed_job_is_told_and_the_others_run_and_are_not_repeated(
     assert {**again[44].config, "seed": 42} == again[42].config
 
 
+def test_a_sweep_whose_results_cannot_be_written_says_where_in_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "results"
+    file.write_text("mine")
+    done = _sweep(file, "seed=1,2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert str(file) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert file.read_text() == "mine"
+
+
 def _interrupted(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -78,6 +78,14 @@ def test_a_rate_with_all_seeds_keeps_its_place_within_its_standard_error() -> No
         assert len(state.missing) == (0 if best == 1e-3 else 2)
 
 
+def test_a_rate_beside_the_cells_own_is_shown_and_takes_no_part() -> None:
+    tried = [done(1e-4, 0.9), done(1e-3, 0.5), done(1e-3, 0.6, seed=7), done(1e-2, 0.8)]
+    state = planning.state_of(cell(), [*tried, done(3e-3, 0.1, seed=7), done(3e-3, 0.1, seed=5)])
+    assert (state.best, state.missing) == (1e-3, [])
+    assert {rate: [*by_seed] for rate, by_seed in state.beside.items()} == {3e-3: [7]}
+    assert len(state.all_records) == len(tried)
+
+
 def test_a_deleted_record_of_the_best_rate_is_planned_though_the_others_look_worse_then() -> None:
     seeds = (42, 7, 1)
     rates = (1e-4, 1e-3, 1e-2)
