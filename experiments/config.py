@@ -37,6 +37,7 @@ class ModelConfig:
     package: str | None = None  # installed Python package that carries the weights
     tokenizer_package: str | None = None  # and the tokenizer, where that one has none
     architecture: dict[str, Any] = field(default_factory=dict)  # a transformers config
+    dropout: float | None = None  # probability, of every kind in the model; None: its own
 
     def __post_init__(self) -> None:
         require_choice("model.weights", self.weights, "pretrained", "random")
@@ -54,6 +55,9 @@ class ModelConfig:
             "with model.weights=random nothing is read from it; leave it out, or set "
             "model.weights=pretrained",
         )
+        if self.dropout is not None:
+            is_share = 0 <= self.dropout < 1
+            require(is_share, "model.dropout", self.dropout, "must be from 0 to less than 1")
 
 
 @dataclass

@@ -42,6 +42,10 @@ _ABILITIES: dict[Any, tuple[str, set[str]]] = {
 }
 
 
+# What configs of transformers call probabilities of dropout.
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     model: PreTrainedModel  # float32, on the CPU
@@ -101,9 +105,10 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
         return LoadedModel(model, tokenizer, "random")
     location, source = pretrained.locate(config)
     try:
-        model_type = transformers.AutoConfig.from_pretrained(location).model_type
-        _require_ability(config, model_type, model_class)
-        model = model_class.from_pretrained(location, dtype=torch.float32, **settings)
+        own = transformers.AutoConfig.from_pretrained(location, **settings)
+        _require_ability(config, own.model_type, model_class)
+        own = _with_dropout(own, config.dropout)
+        model = model_class.from_pretrained(location, config=own, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError) as error:  # ValueError: of a type or tokenizer that is unknown
         raise ExperimentError(
@@ -184,4 +189,18 @@ def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def _architecture(config: ModelConfig, settings: dict[str, Any]) -> transformers.PretrainedConfig:
-    return transformers.AutoConfig.for_model(**{**config.architecture, **settings})
+    own = transformers.AutoConfig.for_model(**{**config.architecture, **settings})
+    return _with_dropout(own, config.dropout)
+
+
+def _with_dropout(
+    config: transformers.PretrainedConfig, dropout: float | None
+) -> transformers.PretrainedConfig:
+    if dropout is not None:
+        names = [name for name in _DROPOUTS if hasattr(config, name)]
+        require(
+            bool(names), "model.dropout", dropout, f"a model of type {config.model_type} has none"
+        )
+        for name in names:
+            setattr(config, name, dropout)
+    return config

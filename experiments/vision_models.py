@@ -50,6 +50,7 @@ def resnet(config: ModelConfig, num_classes: int) -> ResNet:
         config.weights,
         f"{config.name} is trained from scratch; use model.weights=random",
     )
+    require(config.dropout is None, "model.dropout", config.dropout, "a ResNet has none")
     require_choice("model.architecture.block", architecture.block, *_BLOCKS)
     require(
         len(architecture.layers) == 4 and min(architecture.layers) > 0,

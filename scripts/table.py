@@ -22,6 +22,7 @@ import dataclasses
 import itertools
 import re
 import sys
+import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -94,10 +95,11 @@ def print_plan(states: list[State], found: list[Record]) -> None:
         line = f"  {name:<{max(map(len, names))}}  {num_found} of {num_found + num_missing} runs"
         if num_missing:
             peak = formats.size(_planned_peak_bytes(state.cell))
-            line += f"; missing: {_time_text([state], found)}, planned peak memory {peak}"
+            time_text = _time_text(_seconds([state], found))
+            line += f"; missing: {time_text}, planned peak memory {peak}"
         print(line, flush=True)
     num_missing = sum(len(state.missing) + state.num_later for state in states)
-    time_text = f"{_time_text(states, found)}, one after the other"
+    time_text = f"{_time_text(_seconds(states, found))}, one after the other"
     print(f"  {num_missing} missing: {time_text}" if num_missing else "  all exist")
     if num_missing:
         _print_where_data_comes_from(states[0].cell)
@@ -114,16 +116,33 @@ def _print_where_data_comes_from(cell: Cell) -> None:
         )
 
 
-def _time_text(states: list[State], found: list[Record]) -> str:
-    """How long all missing runs take, one after the other."""
+def _seconds(states: list[State], found: list[Record]) -> float | None:
+    """That all missing runs take, one after the other; None where no record tells."""
     seconds = 0.0
     for state in states:
         if state.missing:
             of_one = planning.estimated_s(state.missing[0], found)
             if of_one is None:
-                return "unknown time"
+                return None
             seconds += of_one * (len(state.missing) + state.num_later)
-    return f"about {formats.duration(seconds)}"
+    return seconds
+
+
+def _time_text(seconds: float | None) -> str:
+    return "unknown time" if seconds is None else f"about {formats.duration(seconds)}"
+
+
+def time_left(seconds: float | None, seconds_at_start: float | None, elapsed_s: float) -> str:
+    """What a person waits for who began ``elapsed_s`` ago.
+
+    Args:
+        seconds: that the missing runs take by their records, one after the other.
+        seconds_at_start: the same when the first began.
+    """
+    if seconds is not None and seconds_at_start is not None and seconds < seconds_at_start:
+        pace = elapsed_s / (seconds_at_start - seconds)
+        return f"{_time_text(seconds * pace)} left at this pace"
+    return f"left, one after the other: {_time_text(seconds)}"
 
 
 def _planned_peak_bytes(cell: Cell) -> int:
@@ -135,6 +154,8 @@ def _planned_peak_bytes(cell: Cell) -> int:
 def do_missing(cells: list[Cell], options: argparse.Namespace) -> tuple[list[State], list[str]]:
     """Does what is missing, and says what failed."""
     attempted: set[str] = set()
+    started = time.monotonic()
+    seconds_at_start: float | None = None
     limit = options.jobs if options.launcher is None else 1
     with Jobs(None if options.launcher in _QUEUES else limit, ROOT) as jobs:
         while True:
@@ -143,12 +164,15 @@ def do_missing(cells: list[Cell], options: argparse.Namespace) -> tuple[list[Sta
             missing = [run for state in states for run in state.missing]
             todo = [run for run in missing if str(run) not in attempted]
             num_runs = len(attempted) + len(todo) + sum(state.num_later for state in states)
+            seconds = _seconds(states, found)
+            seconds_at_start = seconds_at_start or seconds
             for runs in _grouped(todo, options.launcher)[: jobs.num_free]:
                 num_done = len(attempted) - jobs.num_running
                 bar = tqdm.format_meter(
                     num_done, num_runs, 0, bar_format="{bar:30} {n_fmt} of {total_fmt} runs"
                 )
-                print(f"\n{bar}; left, one after the other: {_time_text(states, found)}")
+                left = time_left(seconds, seconds_at_start, time.monotonic() - started)
+                print(f"\n{bar}; {left}")
                 print(*runs, sep="\n", flush=True)
                 log = _log(runs[0], options) if limit > 1 else None
                 jobs.start(_command(runs, options), log)

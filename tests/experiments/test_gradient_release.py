@@ -237,10 +237,7 @@ def test_parts_of_a_batch_and_the_host_change_only_the_order_of_sums(
 
 
 def test_masks_are_cut_with_their_examples(composed: Compose) -> None:
-    no_dropout = [
-        f"+model.architecture.{name}_dropout_prob=0" for name in ("hidden", "attention_probs")
-    ]
-    config = composed("task=mnli", "scale=smoke", "hardware.micro_batch_size=2", *no_dropout)
+    config = composed("task=mnli", "scale=smoke", "hardware.micro_batch_size=2", "model.dropout=0")
     torch.manual_seed(0)
     model = models.load_classifier(config.model, mnli.LABELS).model.train()
     examples = [

@@ -251,6 +251,22 @@ def test_the_planned_activations_are_those_of_the_same_step_on_real_tensors(
     assert planned == pytest.approx(live.peak_bytes, rel=0.1)
 
 
+def _dropouts(model: torch.nn.Module) -> set[float]:
+    return {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+
+
+def test_dropout_is_the_configs_whatever_the_weights(composed: Compose, tmp_path: Path) -> None:
+    own = models.load_classifier(composed(*SMOKE).model, LABELS)
+    without = models.load_classifier(composed(*SMOKE, "model.dropout=0").model, LABELS)
+    own.model.save_pretrained(tmp_path)
+    own.tokenizer.save_pretrained(tmp_path)
+    saved = (*SMOKE, "model.weights=pretrained", f"model.path={tmp_path}")
+    kept = models.load_classifier(composed(*saved).model, LABELS)
+    changed = models.load_classifier(composed(*saved, "model.dropout=0.3").model, LABELS)
+    found = [_dropouts(loaded.model) for loaded in (own, without, kept, changed)]
+    assert found == [{0.1}, {0.0}, {0.1}, {0.3}]
+
+
 def test_weights_in_a_package_are_found_without_importing_it(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,8 @@ def test_a_plan_that_does_not_fit_says_by_how_much(
         (("task=mnli", "model=resnet18"), "model=resnet18: .* classifies texts"),
         (("model=bert_base",), "model=bert_base: its type is bert; .* continues texts"),
         (("task=imagenet", "model=bert_base"), "model=bert_base: .* not a ResNet's"),
+        (("task=imagenet", "model.dropout=0.1"), "model.dropout=0.1: a ResNet has none"),
+        (("task=mnli", "model.dropout=1"), "model.dropout=1.0: must be from 0 to less than 1"),
     ],
 )
 def test_the_plan_refuses_what_the_run_would_refuse(

@@ -330,6 +330,22 @@ def test_a_launcher_gets_the_runs_of_a_row_as_one_sweep(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("seconds", "at_start", "elapsed_s", "text"),
+    [
+        (7200.0, 7200.0, 0.0, "left, one after the other: about 2.0 h"),
+        (3600.0, 7200.0, 1800.0, "about 30.0 min left at this pace"),  # two at a time
+        (8000.0, 7200.0, 600.0, "left, one after the other: about 2.2 h"),  # a grid grew
+        (None, 7200.0, 600.0, "left, one after the other: unknown time"),
+        (7200.0, None, 600.0, "left, one after the other: about 2.0 h"),
+    ],
+)
+def test_the_time_left_is_by_the_pace_so_far(
+    seconds: float | None, at_start: float | None, elapsed_s: float, text: str
+) -> None:
+    assert script.time_left(seconds, at_start, elapsed_s) == text
+
+
+@pytest.mark.parametrize(
     ("arguments", "num_at_once"),
     [
         ([], [1] * 5),
