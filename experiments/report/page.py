@@ -38,6 +38,7 @@ class Headline:
     number: str
     label: str
     beside: str
+    spread: str = ""
 
 
 def write(results_dir: Path, figures: Sequence[Figure]) -> Path:
@@ -150,19 +151,21 @@ def _headline_of(table: Table) -> list[Headline]:
     score = table.score_column
     if score is None or table.scale != tables.DEFAULT_SCALE:
         return []
-    unit = " %" if table.columns[score].unit == "percent" else ""
+    unit = "%" if table.columns[score].unit == "percent" else ""
     texts = {}
     for row in table.rows:
         value = row.values[score]
         if value is not None and row.model == table.rows[0].model:
-            texts[row.optimizer] = value.text + unit
+            texts[row.optimizer] = value.text
     own = next((name for name in texts if name.startswith("MicroAdam")), None)
     other = next((name for name in texts if name in ("Adam", "AdamW")), None)
     if own is None or other is None:
         return []
     quantity = table.columns[score].label.removesuffix(" (%)")
     task = table.title.partition(":")[0]
-    return [Headline(texts[own], f"{task}, {quantity}", f"{other}: {texts[other]}")]
+    number, _, spread = texts[own].partition(" ± ")
+    beside = f"{other}: {texts[other]}{unit}"
+    return [Headline(number + unit, f"{task}, {quantity}", beside, spread)]
 
 
 def _drawing(figure: Figure) -> Drawing:
