@@ -1,15 +1,14 @@
 """Which runs a table is made of, which of them are missing, and which learning rate is best.
 
 Every rate of the grid is tried with the first seed. The best so far then runs with the other seeds
-too. Where its mean is then worse than the next rate by more than its standard error, it did well by
-luck, and the next has its turn. The best rate has the lowest training loss, a mean over its seeds,
-so the reported score takes no part in choosing it. While the best of several rates is the lowest or
-the highest, the grid grows on that side.
+too. Where its mean is then worse than the next rate's loss by more than its standard error, it did
+well by luck, and the next has its turn. Of all that had theirs, the lowest mean is the best. It is
+the training loss that is compared, so the reported score takes no part in it. While the best of
+several rates is the lowest or the highest, the grid grows on that side.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Iterable
@@ -91,28 +90,33 @@ def state_of(cell: Cell, records: list[Record]) -> State:
     records = [r for r in records if r.sources == records[0].sources]
     first, *others = cell.seeds
     rates = list(cell.learning_rates)
+    settled: list[float] = []  # rates that have had their turn: all seeds
     while True:
         by_rate = {rate: _by_seed(cell, rate, records) for rate in sorted(rates)}
         tried = {rate: by_seed for rate, by_seed in by_rate.items() if first in by_seed}
-        best = _best(cell, tried)
-        added = None
-        if best is not None and len(tried) == len(rates):
-            added = _beyond(best, list(tried), cell)
-        if added is None:
+        untried = [rate for rate in rates if rate not in tried]
+        best = _best(tried, settled, first)
+        if untried or best is None:
             break
-        rates.append(added)
+        added = _beyond(best, list(tried), cell)
+        if added is not None:
+            rates.append(added)
+        elif best in settled or len(tried[best]) < len(cell.seeds):
+            break
+        else:
+            settled.append(best)
     other_rates = sorted({record.learning_rate for record in records} - {*rates})
     beside = {rate: _by_seed(cell, rate, records) for rate in other_rates}
     beside = {rate: by_seed for rate, by_seed in beside.items() if by_seed}
-    missing = [Run(cell, rate, first) for rate in rates if rate not in tried]
-    # At whichever of these rates turns out the best: the other seeds may be there already.
-    candidates = [run.learning_rate for run in missing] + ([] if best is None else [best])
+    missing = [Run(cell, rate, first) for rate in untried]
     num_later = 0
-    if missing:
-        num_later = min(sum(seed not in by_rate[rate] for seed in others) for rate in candidates)
-    if best is None or all(record.has_diverged for record in tried[best].values()):
-        return State(cell, tried, beside, None, missing, num_later)
-    if not missing:
+    if untried:  # at whichever rate turns out the best: its other seeds may be there already
+        candidates = [by_rate[rate] for rate in untried] + list(beside.values())
+        candidates += [] if best is None else [tried[best]]
+        num_later = min(sum(seed not in by_seed for seed in others) for by_seed in candidates)
+    if best is not None and all(record.has_diverged for record in tried[best].values()):
+        best = None
+    elif best is not None and not untried:
         missing = [Run(cell, best, seed) for seed in others if seed not in tried[best]]
     return State(cell, tried, beside, best, missing, num_later)
 
@@ -127,32 +131,27 @@ def _by_seed(cell: Cell, rate: float, records: list[Record]) -> dict[int, Record
     return {seed: record for seed, record in found.items() if record is not None}
 
 
-def _best(cell: Cell, tried: dict[float, dict[int, Record]]) -> float | None:
-    """The rate of the lowest score; but one with all seeds keeps its place within its error."""
-    if not tried:
-        return None
-    scores = {rate: _score(cell, by_seed) for rate, by_seed in tried.items()}
-    best = min(tried, key=scores.__getitem__)
-    complete = [rate for rate in tried if len(tried[rate]) == len(cell.seeds)]
-    if not complete or best in complete:
-        return best
-    holder = min(complete, key=scores.__getitem__)
-    num_diverged, mean = scores[holder]
-    losses = _losses(tried[holder].values())
+def _best(
+    tried: dict[float, dict[int, Record]], settled: list[float], first_seed: int
+) -> float | None:
+    """The best of the settled rates, or the rate whose turn it is."""
+    scores = {rate: _score([by_seed[first_seed]]) for rate, by_seed in tried.items()}
+    challenger = min((r for r in tried if r not in settled), key=scores.__getitem__, default=None)
+    if not settled:
+        return challenger
+    best = min(settled, key=lambda rate: _score(tried[rate].values()))
+    num_diverged, mean = _score(tried[best].values())
+    losses = _losses(tried[best].values())
     error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
-    return best if scores[best] < (num_diverged, mean - error) else holder
+    is_worse = challenger is not None and scores[challenger] < (num_diverged, mean - error)
+    return challenger if is_worse else best
 
 
-def _score(cell: Cell, by_seed: dict[int, Record]) -> tuple[int, float]:
-    """Lower is better: how many seeds diverged, then the mean loss of the others.
-
-    Seeds count up to the first that is missing, as when they ran: so a record that is deleted later
-    makes no other rate the best.
-    """
-    counted = [by_seed[seed] for seed in itertools.takewhile(by_seed.__contains__, cell.seeds)]
-    loss = mean_loss(counted)
-    num_diverged = sum(record.has_diverged for record in counted)
-    return num_diverged, math.inf if loss is None else loss
+def _score(records: Iterable[Record]) -> tuple[int, float]:
+    """Lower is better: how many diverged, then the mean loss of the others."""
+    records = list(records)
+    loss = mean_loss(records)
+    return sum(record.has_diverged for record in records), math.inf if loss is None else loss
 
 
 def mean_loss(records: Iterable[Record]) -> float | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from experiments.report import planning
 from experiments.report.planning import Cell, Run
@@ -95,6 +98,25 @@ def test_a_deleted_record_of_the_best_rate_is_planned_though_the_others_look_wor
     deleted = done(1e-3, 0.80, seed=7)
     assert planning.state_of(cell(rates, seeds), [*kept, deleted]).best == 1e-3
     assert wanted(planning.state_of(cell(rates, seeds), kept)) == [(1e-3, 7)]
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 3))
+def test_any_one_record_that_is_deleted_is_exactly_what_is_planned(
+    random: Random, num_seeds: int
+) -> None:
+    of_random = cell((1e-4, 1e-3, 1e-2), (42, 7, 1)[:num_seeds])
+    found: list[Record] = []
+    while (state := planning.state_of(of_random, found)).missing:
+        for run in state.missing:
+            changes = {"status": "diverged"} if random.random() < 0.1 else {}
+            found.append(done(run.learning_rate, random.random(), run.seed, **changes))
+    for deleted in found:
+        kept = [record for record in found if record is not deleted]
+        without = planning.state_of(of_random, kept)
+        assert wanted(without) == [(deleted.learning_rate, deleted.seed)]
+        assert without.num_later == 0 or state.best is None  # where all diverged nobody can know
+    assert {*map(id, state.all_records)} == {*map(id, found)}
+    assert not state.beside
 
 
 def test_a_rate_at_which_a_seed_diverges_is_worse_than_any_other() -> None:
