@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from experiments import interruption
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
-from experiments.interruption import EXIT_CODE
 from experiments.records import RunFolder
 from experiments.runner import execute
 from experiments.tasks.gsm8k import GSM8K
@@ -67,7 +67,7 @@ def test_a_signal_while_training_leaves_a_checkpoint_of_that_step(
         at_step(6, patch, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as end:
             execute(config)
-    assert end.value.code == EXIT_CODE == 75
+    assert end.value.code == interruption.EXIT_CODE == 75
     assert f"stopped by {number.name}: the checkpoint of step 6" in capsys.readouterr().err
     assert checkpoint_names(config) == ["step-00000004.pt", "step-00000006.pt"]
     assert signal.getsignal(number) == signal.SIG_DFL
@@ -93,6 +93,24 @@ def test_a_forced_run_that_the_cluster_starts_again_goes_on(
     assert outcome(config) == undisturbed
 
 
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """Ctrl-C works; it is ignored where the tests run in the background of a shell script."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("foreground")
+def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interruption.handled() as signals:
+        signal.raise_signal(signal.SIGINT)
+    assert signals.signal_name is None
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("foreground")
 def test_ctrl_c_leaves_a_checkpoint_and_a_second_one_does_not_wait_for_it(
     composed: Compose, quick: tuple[str, ...], undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
