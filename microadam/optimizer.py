@@ -66,7 +66,8 @@ class MicroAdam(Optimizer):
 
     Raises:
         ValueError: a hyperparameter is out of its range, or a parameter's dtype is not supported.
-        RuntimeError: from `step`, a gradient is sparse or complex.
+        RuntimeError: from `step`, a gradient is sparse or complex, or a CUDA graph captures a
+            parameter's first step.
 
     Example:
         >>> optimizer = MicroAdam(model.parameters(), lr=1e-3)
@@ -252,6 +253,12 @@ class MicroAdam(Optimizer):
     ) -> _Cache:
         """Creates the state that is not there, or checks that it fits; once a layout."""
         if not state:
+            is_compiling = torch.compiler.is_compiling()
+            if p.is_cuda and not is_compiling and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a parameter's first step creates its state, which a CUDA graph would set to "
+                    "zero at every replay: take a step before capturing one"
+                )
             state.update(layout.new_state(p.device))
         for name, (shape, _) in layout.state_spec.items():
             if state[name].device != p.device:

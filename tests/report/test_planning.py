@@ -175,8 +175,8 @@ def test_the_newest_record_of_a_run_counts() -> None:
         ("model", {"path": "a/folder"}, False),
         ("training", {"save_model": False}, True),
         ("hardware", {"name": "rtx3090", "micro_batch_size": 1}, True),
-        ("training", {"added_since": 3}, True),
         ("training", {"max_steps": 5}, False),
+        ("model", {"removed_since": 0.5}, True),
         ("model", {"weights": "pretrained"}, False),
         ("task", {"max_length": 128}, False),
     ],
@@ -188,6 +188,13 @@ def test_a_record_is_the_run_that_its_config_says_wherever_its_data_lay(
     values["config"][section] |= changes
     config = {**record()["config"], "hardware": {"name": "auto"}}
     assert Record("a.json", values).is_run_of(config) == is_same
+
+
+@pytest.mark.parametrize(("value", "is_same"), [(None, True), (False, True), (0.0, False)])
+def test_a_setting_added_since_a_record_was_off_then(value: object, is_same: bool) -> None:
+    config = record()["config"]
+    config["model"]["added_since"] = value
+    assert Record("a.json", record()).is_run_of(config) == is_same
 
 
 def test_asked_for_hardware_must_be_the_records() -> None:
