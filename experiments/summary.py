@@ -22,10 +22,12 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
-def _schedule(config: RunConfig) -> str:
+def _schedule(config: RunConfig, steps: int) -> str:
+    lr, num_warmup = config.optimizer.lr, config.training.warmup_steps
+    if num_warmup > steps:
+        return f"{lr:g}, never reached: training.warmup_steps={num_warmup} of {steps} steps"
     decay = {"linear": "linear decay to 0", "cosine": "cosine decay to 0", "constant": "constant"}
-    after = decay[config.training.schedule]
-    return f"{config.optimizer.lr:g}, {after} after {config.training.warmup_steps} warm-up steps"
+    return f"{lr:g}, {decay[config.training.schedule]} after {num_warmup} warm-up steps"
 
 
 def _input_size(config: RunConfig) -> tuple[str, str]:
@@ -64,7 +66,7 @@ def of_plan(config: RunConfig, plan: Plan) -> str:
         ("task", f"{config.task.name} ({config.scale}), {plan.num_examples:,} examples"),
         ("training", f"{length} = {plan.num_steps} steps, global batch {train.global_batch_size}"),
         _input_size(config),
-        ("learning rate", _schedule(config)),
+        ("learning rate", _schedule(config, plan.num_steps)),
         ("gradient clipping", _clipping(train)),
         ("optimizer", config.optimizer.name),
         (
@@ -139,7 +141,7 @@ def of_start(
         ),
         (
             "optimizer",
-            f"{config.optimizer.name}, learning rate {_schedule(config)}, "
+            f"{config.optimizer.name}, learning rate {_schedule(config, steps)}, "
             f"state {formats.size(config.optimizer.state_bytes(task.model))}",
         ),
         ("folder", str(folder)),

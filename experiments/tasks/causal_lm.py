@@ -175,6 +175,8 @@ class CausalLM(Task):
         self._tokenizer = loaded.tokenizer
         self.model = loaded.model.to(hardware.device, hardware.param_dtype)
         self.model_source = loaded.source
+        remedy = "there is no split test: hold some rows out"
+        require("test" in data.rows, "dataset.num_held_out", config.dataset.num_held_out, remedy)
         self._train = self._encode(data.rows["train"])
         self._test = self._encode(data.rows["test"])
         for kind, examples in (("training", self._train), ("held-out", self._test)):
