@@ -35,7 +35,8 @@ table3: setup  ## Open-Platypus, likewise
 table4: setup  ## ImageNet, at mini scale CIFAR-10, likewise
 table1 table2 table3 table4:
 	$(BIN)/python -m scripts.table $@ --scale $(SCALE) --hardware $(HARDWARE) \
-	  $(if $(JOBS),--jobs $(JOBS)) $(if $(LAUNCHER),--launcher $(LAUNCHER)) $(if $(DRY),--dry) $(if $(FRESH),--fresh $(filter-out 1,$(FRESH)))
+	  $(if $(JOBS),--jobs $(JOBS)) $(if $(LAUNCHER),--launcher $(LAUNCHER)) $(if $(filter-out 0,$(DRY)),--dry) \
+	  $(if $(filter-out 0,$(FRESH)),--fresh $(filter-out 1,$(FRESH)))
 
 memory-table: setup  ## memory of the paper's models with every optimizer: planned, and measured where a GPU did
 	$(BIN)/python -m scripts.memory_plan

@@ -154,5 +154,8 @@ if __name__ == "__main__":
             print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        command = "the same command"
+        if "force=true" in sys.argv:
+            command += " without force=true"
+        print(f"\ninterrupted; {command} goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

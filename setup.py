@@ -91,7 +91,7 @@ def run(command: list[str]) -> None:
     except OSError as error:
         raise CannotBuildError(f"{command[0]} cannot be run: {error}") from error
     if result.returncode:
-        first_lines = "\n".join(result.stderr.splitlines()[:10])
+        first_lines = "\n".join(result.stderr.splitlines()[:50])
         raise CannotBuildError(f"{shlex.join(command)} failed:\n{first_lines}")
     if result.stderr:
         print(result.stderr, file=sys.stderr)

@@ -18,7 +18,8 @@ from microadam import __version__, ops
 
 def environment(device: str) -> dict[str, Any]:
     packages = ("bitsandbytes", "torchao", "flashoptim")
-    installed = {d.metadata["Name"].lower() for d in metadata.distributions()}
+    # A broken installation has no name.
+    installed = {(d.metadata["Name"] or "").lower() for d in metadata.distributions()}
     return {
         "command": shlex.join(
             ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]

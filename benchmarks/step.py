@@ -105,14 +105,15 @@ def compare(
         if resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw == num_preempted:
             undisturbed.append(rounds[-1])
     best = sorted(b for b, _ in rounds)[len(rounds) // 10]
-    quiet = [(b, o) for b, o in undisturbed or rounds if b <= 1.25 * best] or rounds
-    ratios = sorted(o / b for b, o in quiet)
+    quiet = [(b, o) for b, o in undisturbed if b <= 1.25 * best]
+    used = quiet or rounds  # a row without any says so
+    ratios = sorted(o / b for b, o in used)
     return {
         "ratio": statistics.median(ratios),
         "ratio_quartile_1": ratios[len(ratios) // 4],
         "ratio_quartile_3": ratios[(3 * len(ratios)) // 4],
-        "baseline_s": statistics.median(b for b, _ in quiet),
-        "step_s": statistics.median(o for _, o in quiet),
+        "baseline_s": statistics.median(b for b, _ in used),
+        "step_s": statistics.median(o for _, o in used),
         "num_undisturbed_rounds": len(undisturbed),
         "num_quiet_rounds": len(quiet),
         "num_rounds": len(rounds),

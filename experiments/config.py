@@ -80,6 +80,9 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         require_choice("dataset.source", self.source, "auto", "real", "local", "hub", "generated")
         require_positive("dataset", self, "num_held_out", "num_train", "num_classes")
+        remedy = "the split test is there already: leave it out, or take dataset.num_train"
+        is_needed = self.num_held_out is None or "test" not in self.splits
+        require(is_needed, "dataset.num_held_out", self.num_held_out, remedy)
         for column, kind in self.columns.items():
             require_choice(f"dataset.columns.{column}", kind, "str", "int", "list", "dict", "image")
 

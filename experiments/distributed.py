@@ -70,6 +70,12 @@ def started(config: RunConfig, hardware: Hardware) -> Iterator[None]:
         "process and hardware.parallel=ddp",
     )
     if is_fsdp2:
+        require(
+            config.task.name != "imagenet",
+            "hardware.parallel",
+            "fsdp2",
+            "the weights of ResNets lie channels-last, which it cannot shard; use ddp",
+        )
         require_choice(
             "with hardware.parallel=fsdp2, optimizer", config.optimizer.name, *_SHARDABLE
         )

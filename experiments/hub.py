@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
+from urllib.request import getproxies
 
 _CONNECT_TIMEOUT_S = 3.0
 
@@ -16,9 +18,7 @@ def go_offline_if_unreachable() -> None:
     Without it every look-up retries for up to half a minute. Call it before they are imported: they
     read the variable once. A proxy is left to them.
     """
-    if "HF_HUB_OFFLINE" in os.environ or os.environ.get(
-        "HTTPS_PROXY", os.environ.get("https_proxy")
-    ):
+    if "HF_HUB_OFFLINE" in os.environ or getproxies().keys() & {"https", "all"}:
         return
     url = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     port = url.port or (443 if url.scheme == "https" else 80)
@@ -26,6 +26,21 @@ def go_offline_if_unreachable() -> None:
         socket.create_connection((url.hostname, port), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def load_dataset(name: str, config: str | None, **options: Any) -> Any:
+    """`datasets.load_dataset`.
+
+    Raises:
+        OSError: it cannot be had; also where ``datasets`` raises a ValueError, as it does offline
+            with only another config of the data set in its cache.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, **options)
+    except ValueError as error:
+        raise FileNotFoundError(str(error)) from error
 
 
 def cache_dir() -> Path:

@@ -22,6 +22,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,11 +98,23 @@ class RunFolder:
         record: dict[str, Any] = json.loads(self._record.read_text(encoding="utf-8"))
         return record
 
+    def was_interrupted_since(self, moment: datetime) -> bool:
+        """Whether it was started after ``moment`` and has not finished."""
+        started = self.path / "config.yaml"
+        is_since = started.exists() and started.stat().st_mtime >= moment.timestamp()
+        return is_since and not self._record.exists()
+
     def set_aside(self) -> Path:
         """Renames the folder, so that the run starts anew and nothing is lost."""
         kept = self.path.with_name(f"{self.path.name}.{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         self.path.rename(kept)
         return kept
+
+    @property
+    def attempt(self) -> str:
+        """Tells it from earlier runs of this config, which `set_aside` has kept."""
+        num_kept = len(list(self.path.parent.glob(f"{self.hash}.*_*")))
+        return f"{self.hash}-{num_kept}" if num_kept else self.hash
 
     def start(self, config: RunConfig) -> None:
         """Writes the config; harmless where the run goes on."""
@@ -187,7 +200,7 @@ class Mirror:
                 self._wandb_run = wandb.init(
                     project=config.project,
                     mode="offline" if config.mode == "offline" else "online",
-                    id=run.hash,
+                    id=run.attempt,
                     resume="allow",
                     dir=run.path,
                     config=dataclasses.asdict(run_config),

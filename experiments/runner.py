@@ -31,6 +31,7 @@ from experiments import (
 )
 from experiments.config import LoggerConfig, RunConfig, without_places
 from experiments.distributed import Parallel
+from experiments.errors import require
 from experiments.hardware import Hardware
 from experiments.interruption import Interruption
 from experiments.records import Mirror, RunFolder, provenance
@@ -54,7 +55,8 @@ def execute(config: RunConfig, overrides: Sequence[str] = ()) -> Path:
     _quieten_transformers()
     run = RunFolder(config)
     if config.dry_run:
-        print(summary.of_plan(config, planning.make(config)))
+        if distributed.rank() == 0:
+            print(summary.of_plan(config, planning.make(config)))
         return run.path
     machine = hardware.resolve(config.hardware)
     with (
@@ -81,7 +83,8 @@ def _quieten_transformers() -> None:
 
 def _earlier_record(config: RunConfig, run: RunFolder) -> dict[str, Any] | None:
     """The record of a finished run, unless it is to run again."""
-    if config.force and run.path.exists() and not interruption.is_restart():
+    goes_on = interruption.is_restart() and run.finished_record() is None
+    if config.force and run.path.exists() and not goes_on:
         print(f"force=true: what was there is kept as {run.set_aside()}")
     record = run.finished_record()
     if record is not None:
@@ -106,6 +109,11 @@ def _run(
         run.start(config)
         print(f"loading {config.dataset.name} and {config.model.name}", flush=True)
     task = tasks.chosen(config)(config, machine)
+    found = distributed.from_all((task.data_source, task.num_examples))
+    remedy = (
+        f"the processes found different data ({found}); set dataset.source to one of the sources"
+    )
+    require(len(set(found)) == 1, "dataset.source", config.dataset.source, remedy)
     if config.hardware.activation_checkpointing:
         activations.enable_checkpointing(task.model, config.hardware)
     parallel = Parallel(task, config, machine)

@@ -11,13 +11,10 @@ from experiments.config import RunConfig, TrainingConfig
 from experiments.data.order import num_steps
 from experiments.hardware import Hardware
 from experiments.planning import Plan
+from experiments.report import formats
 from experiments.tasks import Task
 
 _GIB = 2**30
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / _GIB:.2f} GiB" if num_bytes >= _GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
@@ -25,10 +22,12 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
-def _schedule(config: RunConfig) -> str:
+def _schedule(config: RunConfig, steps: int) -> str:
+    lr, num_warmup = config.optimizer.lr, config.training.warmup_steps
+    if num_warmup > steps:
+        return f"{lr:g}, never reached: training.warmup_steps={num_warmup} of {steps} steps"
     decay = {"linear": "linear decay to 0", "cosine": "cosine decay to 0", "constant": "constant"}
-    after = decay[config.training.schedule]
-    return f"{config.optimizer.lr:g}, {after} after {config.training.warmup_steps} warm-up steps"
+    return f"{lr:g}, {decay[config.training.schedule]} after {num_warmup} warm-up steps"
 
 
 def _input_size(config: RunConfig) -> tuple[str, str]:
@@ -67,7 +66,7 @@ def of_plan(config: RunConfig, plan: Plan) -> str:
         ("task", f"{config.task.name} ({config.scale}), {plan.num_examples:,} examples"),
         ("training", f"{length} = {plan.num_steps} steps, global batch {train.global_batch_size}"),
         _input_size(config),
-        ("learning rate", _schedule(config)),
+        ("learning rate", _schedule(config, plan.num_steps)),
         ("gradient clipping", _clipping(train)),
         ("optimizer", config.optimizer.name),
         (
@@ -76,22 +75,22 @@ def of_plan(config: RunConfig, plan: Plan) -> str:
             f"{checkpointing}",
         ),
     ]
-    gradients = _size(plan.grad_bytes)
+    gradients = formats.size(plan.grad_bytes)
     if train.gradient_release:
         gradients = "released one by one in the backward pass, counted with the activations"
     memory = [
-        ("parameters", _size(plan.param_bytes)),
+        ("parameters", formats.size(plan.param_bytes)),
         ("gradients", gradients),
         (
             "optimizer state",
-            f"{_size(plan.state_bytes)}, {plan.state_bytes / plan.num_params:.2f} bytes a "
-            f"parameter (AdamW: {_size(plan.adamw_state_bytes)})",
+            f"{formats.size(plan.state_bytes)}, {plan.state_bytes / plan.num_params:.2f} bytes a "
+            f"parameter (AdamW: {formats.size(plan.adamw_state_bytes)})",
         ),
-        ("activations", f"{_size(plan.activation_bytes)} (estimate, largest batch)"),
-        ("peak", f"{_size(plan.peak_bytes)}{_verdict(plan, hardware.memory_gib)}"),
+        ("activations", f"{formats.size(plan.activation_bytes)} (estimate, largest batch)"),
+        ("peak", f"{formats.size(plan.peak_bytes)}{_verdict(plan, hardware.memory_gib)}"),
     ]
     if plan.host_bytes:
-        memory.append(("on the host", f"{_size(plan.host_bytes)} of the layers' inputs"))
+        memory.append(("on the host", f"{formats.size(plan.host_bytes)} of the layers' inputs"))
     return f"Plan\n{_table(rows)}\n\nPeak memory by part\n{_table(memory)}"
 
 
@@ -100,8 +99,8 @@ def _verdict(plan: Plan, memory_gib: float | None) -> str:
         return ""
     spare = memory_gib * _GIB - plan.peak_bytes
     if spare < 0:
-        return f": {_size(-spare)} more than the card's {memory_gib:g} GiB"
-    return f": fits the card's {memory_gib:g} GiB with {_size(spare)} to spare"
+        return f": {formats.size(-spare)} more than the card's {memory_gib:g} GiB"
+    return f": fits the card's {memory_gib:g} GiB with {formats.size(spare)} to spare"
 
 
 def of_start(
@@ -142,8 +141,8 @@ def of_start(
         ),
         (
             "optimizer",
-            f"{config.optimizer.name}, learning rate {_schedule(config)}, "
-            f"state {_size(config.optimizer.state_bytes(task.model))}",
+            f"{config.optimizer.name}, learning rate {_schedule(config, steps)}, "
+            f"state {formats.size(config.optimizer.state_bytes(task.model))}",
         ),
         ("folder", str(folder)),
     ]
@@ -163,7 +162,8 @@ def of_record(record: dict[str, Any], folder: Path) -> str:
     rows += [
         (
             "optimizer state",
-            f"{_size(m['memory/state_bytes'])}; AdamW's would take {_size(adamw_bytes)}",
+            f"{formats.size(m['memory/state_bytes'])}; "
+            f"AdamW's would take {formats.size(adamw_bytes)}",
         ),
         (
             "time a step",
@@ -171,7 +171,7 @@ def of_record(record: dict[str, Any], folder: Path) -> str:
             f"{m['time/optimizer_s'] / m['time/training_s']:.1%}",
         ),
         ("speed", f"{record['num_units'] / m['time/training_s']:.0f} {record['unit']}/s"),
-        ("peak memory", _size(m["memory/peak_bytes"])),
+        ("peak memory", formats.size(m["memory/peak_bytes"])),
         ("record", str(folder / "record.json")),
     ]
     if (folder / "model").exists():

@@ -136,6 +136,9 @@ def train(
                 save_checkpoint(step + 1)
             if num_signals:
                 interruption.exit(f"the checkpoint of step {step + 1} is written")
+    (num_signals,) = distributed.summed(interruption.signal_name is not None)
+    if num_signals:  # it came while the last checkpoint was written
+        interruption.exit("the last checkpoint is written")
     return totals
 
 

@@ -157,6 +157,7 @@ class GradientRelease:
         for p in self._params:
             if p in _released:
                 del _released[p]
+        self._hooks, self._params = [], []  # called again, it must not end a later handle's
 
     def _release(self, group_index: int, ordinal: int, p: Tensor) -> None:
         if p.grad is None:  # a hook of the user's took it
@@ -167,7 +168,7 @@ class GradientRelease:
             clip_grad_norm_(p, self._max_param_grad_norm)
         group = self._optimizer.param_groups[group_index]
         self._optimizer._step_parameter(p, p.grad, group, ordinal)
-        p.grad = self._placeholders[p] = _placeholder(p)
+        p.grad = self._placeholders[p] = _placeholder(p, p.grad.dtype)
 
     def _end_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -186,13 +187,13 @@ class GradientRelease:
         self._placeholders.clear()
 
 
-def _placeholder(p: Tensor) -> Tensor:
+def _placeholder(p: Tensor, dtype: torch.dtype) -> Tensor:
     if not is_sharded(p):
-        return _ReleasedGradient(p)
+        return _ReleasedGradient(p, dtype)
     from torch.distributed.tensor import DTensor
 
     # Not from_local, which makes a view. FSDP2 accumulates on the shard inside.
-    return DTensor(_ReleasedGradient(p.to_local()), p._spec, requires_grad=False)
+    return DTensor(_ReleasedGradient(p.to_local(), dtype), p._spec, requires_grad=False)
 
 
 class _ReleasedGradient(Tensor):
@@ -203,9 +204,9 @@ class _ReleasedGradient(Tensor):
     """
 
     @staticmethod
-    def __new__(cls, p: Tensor) -> _ReleasedGradient:
+    def __new__(cls, p: Tensor, dtype: torch.dtype) -> _ReleasedGradient:
         return Tensor._make_wrapper_subclass(
-            cls, p.shape, strides=p.stride(), dtype=p.dtype, device=p.device
+            cls, p.shape, strides=p.stride(), dtype=dtype, device=p.device
         )
 
     @classmethod

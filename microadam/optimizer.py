@@ -65,8 +65,10 @@ class MicroAdam(Optimizer):
     window and error feedback. `num_skipped_blocks` counts them.
 
     Raises:
-        ValueError: a hyperparameter is out of its range, or a parameter's dtype is not supported.
-        RuntimeError: from `step`, a gradient is sparse or complex.
+        ValueError: a hyperparameter is out of its range, a parameter's dtype is not supported, or a
+            parameter appears twice.
+        RuntimeError: from `step`, a gradient is sparse or complex, or a CUDA graph captures a
+            parameter's first step.
 
     Example:
         >>> optimizer = MicroAdam(model.parameters(), lr=1e-3)
@@ -124,6 +126,15 @@ class MicroAdam(Optimizer):
         group = self.param_groups[-1]
         for name, kind in _NUMBERS.items():  # of NumPy, say, which compute otherwise
             group[name] = kind(group[name])
+        group["betas"] = tuple(map(float, group["betas"]))
+        if not isinstance(group["lr"], Tensor):
+            group["lr"] = float(group["lr"])
+        if len(set(group["params"])) < len(group["params"]):  # the base class only warns
+            self.param_groups.pop()
+            raise ValueError(
+                "a parameter appears twice in the group, and would be stepped twice at once: pass "
+                "tied weights once, as model.parameters() does"
+            )
         for index, p in enumerate(group["params"]):
             if p.dtype not in PARAM_DTYPES:
                 self.param_groups.pop()
@@ -182,12 +193,12 @@ class MicroAdam(Optimizer):
         self._step_batch(group, [self._item_of(p, grad, group, ordinal)])
 
     def _item_of(self, p: Tensor, grad: Tensor, group: dict[str, Any], ordinal: int) -> _Item:
-        check_gradient(grad, ordinal)
+        check_gradient(grad, p, ordinal)
         layout = _layout_of(p, group)
         flat = _StorageOrder(p)
-        state: dict[str, Tensor] = self.state[p]
-        cache = self._caches.get(p)
-        if not state or cache is None or cache.layout is not layout or cache.device != p.device:
+        state = self.state[p]
+        cache = self._caches.get(p) if "step" in state else None
+        if cache is None or cache.layout is not layout or cache.device != p.device:
             cache = self._prepare(p, layout, state, flat.dims)
         if cache.dims != flat.dims:
             raise ValueError(
@@ -248,11 +259,19 @@ class MicroAdam(Optimizer):
         return ordinals
 
     def _prepare(
-        self, p: Tensor, layout: BlockLayout, state: dict[str, Tensor], dims: list[int] | None
+        self, p: Tensor, layout: BlockLayout, state: dict[str, Any], dims: list[int] | None
     ) -> _Cache:
         """Creates the state that is not there, or checks that it fits; once a layout."""
-        if not state:
+        is_compiling = torch.compiler.is_compiling()
+        if p.is_cuda and not is_compiling and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a parameter's first step creates tensors that a CUDA graph would set to zero at "
+                "every replay: take a step before capturing one"
+            )
+        if "step" not in state:
             state.update(layout.new_state(p.device))
+            if dims is not None:
+                state["storage_order"] = dims
         for name, (shape, _) in layout.state_spec.items():
             if state[name].device != p.device:
                 raise ValueError(
@@ -268,7 +287,7 @@ class MicroAdam(Optimizer):
                     "taken a step; create a new optimizer"
                 )
         thresholds = torch.zeros(layout.num_blocks, dtype=torch.float32, device=p.device)
-        self._caches[p] = _Cache(layout, p.device, dims, thresholds)
+        self._caches[p] = _Cache(layout, p.device, state.get("storage_order"), thresholds)
         return self._caches[p]
 
     def _skipped_blocks_on(self, device: torch.device) -> Tensor:
@@ -289,7 +308,8 @@ class MicroAdam(Optimizer):
     def state_bytes(self) -> int:
         """Bytes that the state of the parameters in ``param_groups`` takes on their devices."""
         params = self._parameters()
-        tensors = [value for p in params for value in self.state.get(p, {}).values()]
+        values = [value for p in params for value in self.state.get(p, {}).values()]
+        tensors = [value for value in values if isinstance(value, Tensor)]
         tensors += [self._caches[p].thresholds for p in params if p in self._caches]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
@@ -302,6 +322,7 @@ class MicroAdam(Optimizer):
             if distributed.is_sharded(parameters[index])
             else state
             for index, state in packed["state"].items()
+            if state  # looking up a parameter that has none makes an empty one
         }
         return packed
 
@@ -317,7 +338,7 @@ class MicroAdam(Optimizer):
                 another shape or dtype than the parameter needs, or the saved shards do not cover
                 this process's.
         """
-        new_state: dict[Tensor, dict[str, Tensor]] = {}
+        new_state: dict[Tensor, dict[str, Any]] = {}
 
         def take_state(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             new_state.update(self._checked_state(state_dict))
@@ -337,7 +358,7 @@ class MicroAdam(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _checked_state(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+    def _checked_state(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         if not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError(
                 f"the saved state has the entries {sorted(map(str, state_dict))[:5]}, not state "
@@ -362,7 +383,7 @@ class MicroAdam(Optimizer):
                 )
             check_hyperparameters(saved_group)
             for index, p in zip(saved_group["params"], own_group["params"], strict=True):
-                if index in state_dict["state"]:
+                if state_dict["state"].get(index):
                     saved = distributed.by_shard(state_dict["state"][index], tuple(p.shape))
                     for shard, state in saved.items():
                         check_state(state, distributed.layout_of(shard.numel, saved_group), index)
@@ -371,6 +392,8 @@ class MicroAdam(Optimizer):
                         name: value.detach().to(
                             p.device, copy=True, memory_format=torch.contiguous_format
                         )
+                        if isinstance(value, Tensor)
+                        else list(value)
                         for name, value in state.items()
                     }
         return new_state
@@ -391,7 +414,7 @@ class _Item(NamedTuple):
     ordinal: int  # its position in the optimizer
     param: Tensor
     grad: Tensor
-    state: dict[str, Tensor]
+    state: dict[str, Any]
     thresholds: Tensor
     flat: _StorageOrder
 
@@ -405,12 +428,15 @@ class _StorageOrder:
 
     def __init__(self, p: Tensor) -> None:
         self._param = distributed.local(p)
-        # The dimensions from the outermost to the innermost; None where the parameter is
-        # contiguous, as nearly all are.
+        # The dimensions from the outermost to the innermost, those of size 1 first; None where
+        # they lie in their own order, as nearly always.
         self.dims: list[int] | None = None
         if not self._param.is_contiguous():
-            self.dims = sorted(range(p.dim()), key=self._param.stride, reverse=True)
-            self._param = self._param.permute(self.dims)
+            sizes, strides = self._param.shape, self._param.stride()
+            dims = sorted(range(p.dim()), key=lambda d: (sizes[d] > 1, -strides[d]))
+            if dims != sorted(dims):
+                self.dims = dims
+                self._param = self._param.permute(dims)
         self.values = self._param.contiguous()
 
     def arrange(self, t: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from microadam.layout import MAX_BLOCK_SIZE, BlockLayout
 MIN_EPS = torch.finfo(torch.float32).tiny
 
 
-def check_gradient(grad: Tensor, ordinal: int) -> None:
+def check_gradient(grad: Tensor, p: Tensor, ordinal: int) -> None:
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"the gradient of parameter {ordinal} is sparse ({grad.layout}); MicroAdam needs dense "
@@ -27,15 +27,15 @@ def check_gradient(grad: Tensor, ordinal: int) -> None:
             f"the gradient of parameter {ordinal} has dtype {grad.dtype}; MicroAdam needs real "
             "floating-point gradients"
         )
-    if is_sharded(grad) and any(p.is_partial() for p in grad.placements):
+    if is_sharded(grad) and is_sharded(p) and grad.placements != p.placements:
         raise RuntimeError(
-            f"the gradient of parameter {ordinal} has the placements {grad.placements}, so no "
-            "process has its sum: redistribute it to the placements of the parameter first"
+            f"the gradient of parameter {ordinal} has the placements {grad.placements}, the "
+            f"parameter {p.placements}: redistribute the gradient to those first"
         )
 
 
 def check_state(saved: dict[str, Any], layout: BlockLayout, index: int) -> None:
-    if saved.keys() != layout.state_spec.keys():
+    if saved.keys() - {"storage_order"} != layout.state_spec.keys():
         raise ValueError(
             f"the saved state of parameter {index} has the entries {sorted(saved)}, MicroAdam "
             f"needs {sorted(layout.state_spec)}: it was written by another optimizer"

@@ -24,10 +24,10 @@ stage() {
     local name=$1 limit_s=$2 begin=$SECONDS
     shift 2
     printf '\n== %s: %s\n' "$name" "$*" >>"$OUT/log.txt"
-    timeout "$limit_s" "$@" >>"$OUT/log.txt" 2>&1
+    timeout -s INT -k 20 "$limit_s" "$@" >>"$OUT/log.txt" 2>&1  # INT: pytest tells what had failed
     status[$name]=$? seconds[$name]=$((SECONDS - begin))
     printf '%-7s exit %s after %s s\n' "$name" "${status[$name]}" "${seconds[$name]}"
-    [ "${status[$name]}" -eq 0 ] || tail -n 25 "$OUT/log.txt" >&2
+    [ "${status[$name]}" -eq 0 ] || tail -n 100 "$OUT/log.txt" >&2
 }
 
 architecture=$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))') || {
@@ -42,11 +42,12 @@ print(*(name for name in available() if name not in ("GaLore", "CAME")), sep="\n
 stage build 100 env MICROADAM_CUDA_ARCHITECTURES="$architecture" \
     "$PYTHON" setup.py build_ext --inplace
 # After an illegal access on the GPU all that follows fails, too.
-stage tests 150 "$PYTHON" -m pytest -v --maxfail=5 --tb=short -m gpu tests/microadam
+stage tests 170 "$PYTHON" -m pytest -v --maxfail=5 --tb=short --hypothesis-profile=quick -m gpu \
+    tests/microadam
 stage step 110 "$PYTHON" -m benchmarks.step --device cuda --models '2^30' bert-base --rounds 30 \
     --optimizers "${rivals[@]}" --output "$OUT/step"
 # One after the other, so that where the large model finds no room the rest is measured.
-stage llama 80 "$PYTHON" -m benchmarks.step --device cuda --models llama2-7b --dtypes bfloat16 \
+stage llama 70 "$PYTHON" -m benchmarks.step --device cuda --models llama2-7b --dtypes bfloat16 \
     --optimizers 'AdamW (fused)' MicroAdam --rounds 10 --output "$OUT/llama"
 stage memory 30 "$PYTHON" -m benchmarks.memory --device cuda --optimizers "${rivals[@]}" \
     --output "$OUT/memory"

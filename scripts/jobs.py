@@ -31,6 +31,7 @@ class Jobs:
         self._limit = limit
         self._folder = folder
         self._running: list[_Job] = []
+        self._is_stopped = False
 
     def __enter__(self) -> Jobs:
         self._handler = signal.signal(signal.SIGTERM, self._pass_on)
@@ -47,6 +48,7 @@ class Jobs:
         signal.signal(signal.SIGTERM, self._handler)
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
+        self._is_stopped = True
         for job in self._running:
             job.process.send_signal(number)
 
@@ -60,7 +62,13 @@ class Jobs:
         return None if self._limit is None else self._limit - len(self._running)
 
     def start(self, command: list[str], log: Path | None = None) -> None:
-        """``log`` takes its output and errors; None: the terminal does."""
+        """``log`` takes its output and errors; None: the terminal does.
+
+        Raises:
+            KeyboardInterrupt: a SIGTERM has come.
+        """
+        if self._is_stopped:
+            raise KeyboardInterrupt
         if log is None:
             self._running.append(_Job(subprocess.Popen(command, cwd=self._folder), None))
             return
@@ -77,12 +85,15 @@ class Jobs:
         """Until one has ended. A failure needs no look: it has left no record.
 
         Raises:
-            KeyboardInterrupt: one was interrupted.
+            KeyboardInterrupt: one was interrupted, or a SIGTERM has come.
         """
         while not (ended := [job for job in self._running if job.process.poll() is not None]):
             time.sleep(_POLL_S)
         self._running = [job for job in self._running if job not in ended]
-        if {_INTERRUPTED, _PREEMPTED} & {job.process.returncode for job in ended}:
+        # One that was still starting ends by the signal itself, as if it had failed.
+        if self._is_stopped or {_INTERRUPTED, _PREEMPTED} & {
+            job.process.returncode for job in ended
+        }:
             raise KeyboardInterrupt
         for job in ended:
             if job.process.returncode != 0 and job.log is not None:

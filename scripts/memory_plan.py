@@ -25,10 +25,8 @@ from experiments.errors import ExperimentError
 from run import compose
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = (
-    "<!-- written by make memory-table -->",
-    "<!-- end -->",
-)  # of the table in docs/scale.md
+BEGIN = "<!-- written by make memory-table -->"  # of the table in docs/scale.md
+END = "<!-- end -->"
 UNPLANNED_GIB = 1.0  # what a GPU's driver and the allocator's fragmentation take, roughly
 
 

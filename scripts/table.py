@@ -70,19 +70,31 @@ class Definition:
                 chosen = [f"task={self.task}", f"scale={scale}", f"hardware={hardware}"]
                 chosen += [*of_model, *of_optimizer, *of_scale.overrides.get(optimizer, [])]
                 config = dataclasses.asdict(compose(*chosen))
-                rates = of_scale.learning_rates.get(optimizer, [config["optimizer"]["lr"]])
-                if isinstance(rates, dict):
-                    rates = rates[model]
+                preset = [config["optimizer"]["lr"]]
+                own = of_scale.learning_rates.get(optimizer, preset)
+                given = own.get(model, preset) if isinstance(own, dict) else own
+                rates = tuple(map(float, given))  # YAML takes 1e-4, without a point, for a text
                 seeds = tuple(of_scale.seeds)
-                cells.append(Cell(model, optimizer, tuple(chosen), config, tuple(rates), seeds))
+                cells.append(Cell(model, optimizer, tuple(chosen), config, rates, seeds))
         return cells
 
 
 def read(name: str) -> Definition:
-    """The table ``name`` of configs/table/."""
-    values = yaml.safe_load((ROOT / f"configs/table/{name}.yaml").read_text(encoding="utf-8"))
+    """The table ``name`` of configs/table/.
+
+    Raises:
+        ExperimentError: rates or overrides of an optimizer or a model that the table has not.
+    """
+    path = ROOT / f"configs/table/{name}.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
     values["columns"] = [tables.Column(**column) for column in values["columns"]]
     values["scales"] = {scale: Scale(**of_scale) for scale, of_scale in values["scales"].items()}
+    for scale in values["scales"].values():
+        for optimizer in (*scale.learning_rates, *scale.overrides):
+            require_choice(f"{path}: optimizer", optimizer, *values["optimizers"])
+        for rates in scale.learning_rates.values():
+            for model in rates if isinstance(rates, dict) else ():
+                require_choice(f"{path}: model", model, *scale.models)
     return Definition(name=name, **values)
 
 
@@ -165,8 +177,9 @@ def do_missing(cells: list[Cell], options: argparse.Namespace) -> tuple[list[Sta
             todo = [run for run in missing if str(run) not in attempted]
             num_runs = len(attempted) + len(todo) + sum(state.num_later for state in states)
             seconds = _seconds(states, found)
-            seconds_at_start = seconds_at_start or seconds
-            for runs in _grouped(todo, options.launcher)[: jobs.num_free]:
+            if seconds_at_start is None and seconds is not None:
+                seconds_at_start, started = seconds, time.monotonic()
+            for runs in _grouped(todo, options)[: jobs.num_free]:
                 num_done = len(attempted) - jobs.num_running
                 bar = tqdm.format_meter(
                     num_done, num_runs, 0, bar_format="{bar:30} {n_fmt} of {total_fmt} runs"
@@ -182,12 +195,22 @@ def do_missing(cells: list[Cell], options: argparse.Namespace) -> tuple[list[Sta
             jobs.wait_for_one()
 
 
-def _grouped(runs: list[Run], launcher: str | None) -> list[list[Run]]:
+def _grouped(runs: list[Run], options: argparse.Namespace) -> list[list[Run]]:
     """What one process does: a run; with a launcher the runs of a cell, side by side."""
-    if launcher is None:
+    if options.launcher is None:
         return [[run] for run in runs]
-    groups = itertools.groupby(runs, lambda run: run.cell.overrides)
+    groups = itertools.groupby(runs, lambda r: (r.cell.overrides, _is_forced(r, options)))
     return [list(group) for _, group in groups]
+
+
+def _is_forced(run: Run, options: argparse.Namespace) -> bool:
+    """Whether it starts anew: not where it was begun since `--fresh`, and then interrupted."""
+    if options.fresh is None:
+        return False
+    from experiments.records import RunFolder  # loads torch
+
+    own = [f"results_dir={options.results_dir}", *_overrides([run])]
+    return not RunFolder(compose(*own)).was_interrupted_since(options.fresh)
 
 
 def _log(run: Run, options: argparse.Namespace) -> Path:
@@ -210,13 +233,18 @@ def _command(runs: list[Run], options: argparse.Namespace) -> list[str]:
     command = [sys.executable, "run.py"]
     if options.launcher is not None:
         command += ["--multirun", f"hydra/launcher={options.launcher}"]
-    if options.fresh:
+    if _is_forced(runs[0], options):
         command.append("force=true")
     if options.results_dir != RESULTS:
         command.append(f"results_dir={options.results_dir.resolve()}")
+    return [*command, *_overrides(runs)]
+
+
+def _overrides(runs: list[Run]) -> list[str]:
+    """Of `run.py`, with commas between the rates or the seeds of several runs."""
     rates = ",".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in runs}))
     seeds = ",".join(str(seed) for seed in sorted({run.seed for run in runs}))
-    return [*command, *runs[0].cell.overrides, f"optimizer.lr={rates}", f"seed={seeds}"]
+    return [*runs[0].cell.overrides, f"optimizer.lr={rates}", f"seed={seeds}"]
 
 
 def _count(text: str) -> int:
@@ -226,7 +254,11 @@ def _count(text: str) -> int:
 
 
 def _moment(text: str) -> datetime:
-    return datetime.fromisoformat(text).astimezone(timezone.utc)  # without an offset: local time
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no moment like 2026-05-31T14:00") from error
+    return moment.astimezone(timezone.utc)  # without an offset: local time
 
 
 def arguments(given: list[str]) -> argparse.Namespace:

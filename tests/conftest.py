@@ -12,6 +12,13 @@ import torch
 # No deadline: the first example pays for torch's warm-up. CI repeats the same examples every time.
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+# The same examples each time, and a failing one is shown as found: for scripts/gpu_check.sh.
+hypothesis.settings.register_profile(
+    "quick",
+    deadline=None,
+    derandomize=True,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 

@@ -97,7 +97,8 @@ __device__ void compute_updates(const Block& block, int begin, int end, Shared& 
     reinterpret_cast<float4*>(moments.first)[i] = {0.0f, 0.0f, 0.0f, 0.0f};
     reinterpret_cast<float4*>(moments.second)[i] = {0.0f, 0.0f, 0.0f, 0.0f};
   }
-  // No coordinate repeats within a slot; one slot after the other, sums have one order.
+  // No coordinate repeats within a slot, but for a slot's zeros where none was written; one slot after
+  // the other, sums have one order.
   for (int slot = 0; slot < num_slots; ++slot) {
     __syncthreads();
     for (int j = threadIdx.x; j < block.k; j += kThreads) {
@@ -107,6 +108,7 @@ __device__ void compute_updates(const Block& block, int begin, int end, Shared& 
       const int difference = newest_slot - slot;
       const int age = difference < 0 ? difference + s.window_size : difference;
       const float value = to_float(entry.value);
+      if (value == 0.0f) continue;
       moments.first[i] += value * age_weight(s.beta1, age);
       // The weight first: it may be 0, and the square infinite.
       moments.second[i] += value * age_weight(s.beta2, age) * value;

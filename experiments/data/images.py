@@ -99,10 +99,8 @@ def find(config: DatasetConfig, name: str) -> Split:
         return Split(name, "local", beton if beton.is_file() else _local(config, folder, name))
     if config.source == "generated":
         return Split(name, "generated", _generated(config, name))
-    import datasets
-
     try:
-        rows = datasets.load_dataset(config.hub_id, config.hub_config, split=name)
+        rows = hub.load_dataset(str(config.hub_id), config.hub_config, split=name)
     except OSError as error:
         reason = str(error).splitlines()[0]
         if config.source == "auto":

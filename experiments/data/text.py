@@ -104,9 +104,7 @@ def _exported_from_hub(config: DatasetConfig) -> Path:
     name = "-".join([config.hub_id.replace("/", "--"), *filter(None, [config.hub_config])])
     folder = hub.cache_dir() / "datasets" / name
     if not folder.exists():
-        import datasets
-
-        loaded = datasets.load_dataset(config.hub_id, config.hub_config)
+        loaded = hub.load_dataset(config.hub_id, config.hub_config)
         with atomic.new_folder(folder) as partial:
             for split in loaded:
                 text = _to_jsonl(loaded[split])

@@ -71,14 +71,14 @@ def _panels(num: int, height: float = 3.6) -> tuple[Drawing, list[Any]]:
 
 
 def _losses(table: Table, by_file: dict[str, Record], figures_dir: Path) -> Figure | None:
-    """Training loss of each model and optimizer, of the first seed at the best learning rate."""
+    """Training loss of each model and optimizer at the best learning rate, of one seed."""
     models = _by_model([row for row in table.rows if row.num_seeds])
     if not models:
         return None
     drawing, axes = _panels(len(models))
     for ax, (model, rows) in zip(axes, models, strict=True):
         for row, style in zip(rows, styles(rows), strict=True):
-            curve = by_file[row.records[0]].values["curve"]
+            curve = _finished(row, by_file)[0].values["curve"]
             steps, losses = curve["step"], curve["train/loss"]
             ax.plot(steps, losses, color=style["color"], alpha=0.18, linewidth=0.8)
             ax.plot(steps, _smoothed(losses), label=row.optimizer, linewidth=1.8, **style)
@@ -90,8 +90,9 @@ def _losses(table: Table, by_file: dict[str, Record], figures_dir: Path) -> Figu
         best = min(final, key=lambda optimizer: final[optimizer])
         lowest.append(f"{best} on {model} ({final[best]:.3f})")
     sentence = (
-        f"Each optimizer at the learning rate of the table; bold: mean of {_SMOOTHING} "
-        f"neighbouring points. The last tenth of the steps is lowest for {', '.join(lowest)}."
+        f"Each optimizer at the learning rate of the table, one seed; bold: mean of {_SMOOTHING} "
+        "neighbouring points. The last tenth of the steps, mean of all seeds, is lowest for "
+        f"{', '.join(lowest)}."
     )
     title = f"Training loss: {_short(table)}"
     return save(drawing, figures_dir, f"loss_{table.file_stem}", title, sentence)

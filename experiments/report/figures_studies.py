@@ -108,7 +108,7 @@ def _contour(ax: Axes) -> None:
 
 def _rosenbrock_large(results: Json, settings: Json) -> Drawn:
     drawing = Drawing(figsize=(WIDTH, 3.9))
-    axes = drawing.subplots(1, len(settings["densities"]), sharey=True)
+    axes = drawing.subplots(1, len(settings["densities"]), sharey=True, squeeze=False)[0]
     losses = {(run["method"], run["density"]): run["losses"] for run in results["large"]}
     steps = [step + 1 for step in results["large_steps"]]
     small_lr = settings["large_lr"] * settings["microadam_lr_factor"]
@@ -164,8 +164,7 @@ def _convergence(results: Json, settings: Json) -> Drawn:
         for curve in curves:
             label, colour, marker = _CONVERGENCE[curve["method"]]
             values = np.array(curve["values"])
-            exponent = statistics.mean(curve["exponents"])
-            spread = statistics.stdev(curve["exponents"])
+            exponent, spread = _mean_std(curve["exponents"])
             ax.plot(
                 num_steps,
                 values.mean(axis=1),
@@ -443,6 +442,8 @@ def _within_subspaces(errors: Sequence[float], gap: int) -> str:
     # The first subspace is fitted to the very gradient of step 1, which leaves next to no error.
     growth = [errors[start + gap - 1] / errors[start] for start in starts[1:]]
     grows = sum(a < b for a, b in pairwise(errors)) / (len(errors) - 1)
+    if not growth:
+        return f"GaLore's error grows in {grows:.0%} of all steps."
     return (
         f"From one subspace update to the next, the first apart, GaLore's error grows "
         f"{min(growth):.1f} to {max(growth):.1f} times; it grows in {grows:.0%} of all steps."
@@ -450,8 +451,10 @@ def _within_subspaces(errors: Sequence[float], gap: int) -> str:
 
 
 def _mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Of those that are finite; infinite where none is."""
     finite = [value for value in values if math.isfinite(value)]
-    return statistics.mean(finite), statistics.stdev(finite)
+    mean = statistics.mean(finite) if finite else math.inf
+    return mean, statistics.stdev(finite) if len(finite) > 1 else 0.0
 
 
 _DRAWINGS: dict[str, dict[str, Callable[[Json, Json], Drawn]]] = {

@@ -21,7 +21,7 @@ HEAD = ["model", "optimizer", "bytes a parameter", "state", "planned peak", "mea
 @dataclass(frozen=True)
 class Row:
     plan: dict[str, Any]  # one row of memory_plan.json
-    measured: Record | None  # of a GPU, with the same shapes and precision
+    measured: Record | None  # of one GPU, with the same shapes and precision
 
     @property
     def measured_bytes(self) -> int | None:
@@ -79,8 +79,12 @@ def read(results_dir: Path) -> MemoryTable | None:
     if not path.exists():
         return None
     planned = json.loads(path.read_text(encoding="utf-8"))
-    of_gpus = [r for r in load(results_dir) if r.values["hardware"]["device"] == "cuda"]
-    rows = [Row(plan, _measured(plan, of_gpus)) for plan in planned["rows"]]
+    of_one_gpu = [
+        record
+        for record in load(results_dir)
+        if record.values["hardware"]["device"] == "cuda" and record.num_processes == 1
+    ]
+    rows = [Row(plan, _measured(plan, of_one_gpu)) for plan in planned["rows"]]
     return MemoryTable(planned["title"], rows)
 
 

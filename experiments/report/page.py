@@ -115,35 +115,38 @@ def _curves(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _headlines(results_dir: Path, all_tables: Sequence[Table]) -> list[Headline]:
     """The few numbers that a visitor takes away: state, step time, and each table's score."""
     found = []
-    for name, key in (("benchmark_memory", "state_bytes"), ("benchmark_step_cpu", "ratio")):
-        path = results_dir / f"{name}.json"
-        if not path.exists():
-            continue
-        measured = json.loads(path.read_text(encoding="utf-8"))
-        first = {(r["dtype"], r["optimizer"]): r for r in reversed(measured["rows"])}
-        own = first["float32", "MicroAdam"]
-        if key == "state_bytes":
-            other = first["float32", "AdamW (fused)"]
-            own_bytes, other_bytes = (r[key] / r["num_parameters"] for r in (own, other))
-            found.append(
-                Headline(
-                    f"{own_bytes:.2f} B",
-                    "of optimizer state a parameter",
-                    f"AdamW in float32: {other_bytes:.2f} B",
-                )
-            )
-        else:
-            environment = measured["environment"]
-            found.append(
-                Headline(
-                    f"{own[key]:.2f}",
-                    "of the step time of torch's fused AdamW",
-                    f"{environment['device']}, {environment['num_threads']} threads, float32",
-                )
-            )
+    memory_path = results_dir / "benchmark_memory.json"
+    if memory_path.exists():
+        rows = json.loads(memory_path.read_text(encoding="utf-8"))["rows"]
+        of_float32 = [row for row in rows if row["dtype"] == "float32"]
+        first = {row["optimizer"]: row for row in reversed(of_float32)}
+        own, other = (
+            f"{first[name]['state_bytes'] / first[name]['num_parameters']:.2f} B"
+            for name in ("MicroAdam", "AdamW (fused)")
+        )
+        label = "of optimizer state a parameter"
+        found.append(Headline(own, label, f"AdamW in float32: {other}"))
+    step_path = results_dir / "benchmark_step_cpu.json"
+    if step_path.exists():
+        measured = json.loads(step_path.read_text(encoding="utf-8"))
+        environment = measured["environment"]
+        machine = f"{environment['device']}, {environment['num_threads']} threads"
+        beside = f"in float32; in bfloat16 {_ratios(measured, 'bfloat16')} ({machine})"
+        label = "of the step time of torch's fused AdamW"
+        found.append(Headline(_ratios(measured, "float32"), label, beside))
     for table in all_tables:
         found += _headline_of(table)
     return found
+
+
+def _ratios(measured: dict[str, Any], dtype: str) -> str:
+    """MicroAdam's, from the lowest to the highest of the sets of shapes."""
+    own = [
+        row["ratio"]
+        for row in measured["rows"]
+        if (row["dtype"], row["optimizer"]) == (dtype, "MicroAdam")
+    ]
+    return f"{min(own):.2f} to {max(own):.2f}"
 
 
 def _headline_of(table: Table) -> list[Headline]:

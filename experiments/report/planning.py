@@ -1,15 +1,12 @@
 """Which runs a table is made of, which of them are missing, and which learning rate is best.
 
-Every rate of the grid is tried with the first seed. The best so far then runs with the other seeds
-too. Where its mean is then worse than the next rate's loss by more than its standard error, it did
-well by luck, and the next has its turn. Of all that had theirs, the lowest mean is the best. It is
-the training loss that is compared, so the reported score takes no part in it. While the best of
-several rates is the lowest or the highest, the grid grows on that side.
+Every rate of the grid is tried with the first seed, and the best then runs with the other seeds
+too. It is the training loss that is compared, so the reported score takes no part in it. While the
+best of several rates is the lowest or the highest, the grid grows on that side.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -90,21 +87,17 @@ def state_of(cell: Cell, records: list[Record]) -> State:
     records = [r for r in records if r.sources == records[0].sources]
     first, *others = cell.seeds
     rates = list(cell.learning_rates)
-    settled: list[float] = []  # rates that have had their turn: all seeds
     while True:
         by_rate = {rate: _by_seed(cell, rate, records) for rate in sorted(rates)}
         tried = {rate: by_seed for rate, by_seed in by_rate.items() if first in by_seed}
         untried = [rate for rate in rates if rate not in tried]
-        best = _best(tried, settled, first)
-        if untried or best is None:
+        losses = {rate: mean_loss([by_seed[first]]) for rate, by_seed in tried.items()}
+        finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+        best = min(finite, key=finite.__getitem__, default=None)
+        added = None if untried or best is None else _beyond(best, list(tried), cell)
+        if added is None:
             break
-        added = _beyond(best, list(tried), cell)
-        if added is not None:
-            rates.append(added)
-        elif best in settled or len(tried[best]) < len(cell.seeds):
-            break
-        else:
-            settled.append(best)
+        rates.append(added)
     other_rates = sorted({record.learning_rate for record in records} - {*rates})
     beside = {rate: _by_seed(cell, rate, records) for rate in other_rates}
     beside = {rate: by_seed for rate, by_seed in beside.items() if by_seed}
@@ -114,9 +107,7 @@ def state_of(cell: Cell, records: list[Record]) -> State:
         candidates = [by_rate[rate] for rate in untried] + list(beside.values())
         candidates += [] if best is None else [tried[best]]
         num_later = min(sum(seed not in by_seed for seed in others) for by_seed in candidates)
-    if best is not None and all(record.has_diverged for record in tried[best].values()):
-        best = None
-    elif best is not None and not untried:
+    elif best is not None:
         missing = [Run(cell, best, seed) for seed in others if seed not in tried[best]]
     return State(cell, tried, beside, best, missing, num_later)
 
@@ -131,37 +122,10 @@ def _by_seed(cell: Cell, rate: float, records: list[Record]) -> dict[int, Record
     return {seed: record for seed, record in found.items() if record is not None}
 
 
-def _best(
-    tried: dict[float, dict[int, Record]], settled: list[float], first_seed: int
-) -> float | None:
-    """The best of the settled rates, or the rate whose turn it is."""
-    scores = {rate: _score([by_seed[first_seed]]) for rate, by_seed in tried.items()}
-    challenger = min((r for r in tried if r not in settled), key=scores.__getitem__, default=None)
-    if not settled:
-        return challenger
-    best = min(settled, key=lambda rate: _score(tried[rate].values()))
-    num_diverged, mean = _score(tried[best].values())
-    losses = _losses(tried[best].values())
-    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
-    is_worse = challenger is not None and scores[challenger] < (num_diverged, mean - error)
-    return challenger if is_worse else best
-
-
-def _score(records: Iterable[Record]) -> tuple[int, float]:
-    """Lower is better: how many diverged, then the mean loss of the others."""
-    records = list(records)
-    loss = mean_loss(records)
-    return sum(record.has_diverged for record in records), math.inf if loss is None else loss
-
-
 def mean_loss(records: Iterable[Record]) -> float | None:
     """The training loss that rates are compared by; None where all diverged."""
-    losses = _losses(records)
+    losses = [r.metrics[_SELECTED_BY] for r in records if not r.has_diverged]
     return statistics.fmean(losses) if losses else None
-
-
-def _losses(records: Iterable[Record]) -> list[float]:
-    return [r.metrics[_SELECTED_BY] for r in records if not r.has_diverged]
 
 
 def _beyond(best: float, rates: list[float], cell: Cell) -> float | None:

@@ -55,10 +55,16 @@ class Record:
         return self.values["data_source"], self.values["model_source"]
 
     @property
+    def num_processes(self) -> int:
+        """Records from before there could be several do not say."""
+        return self.values["hardware"].get("num_processes", 1)
+
+    @property
     def machine(self) -> str:
-        """GPU or CPU and precision, as a table names them."""
+        """GPUs or CPU and precision, as a table names them."""
         hardware = self.values["hardware"]
-        return f"{hardware['gpu'] or hardware['cpu']}, {hardware['precision']}"
+        count = f"{self.num_processes} x " if self.num_processes > 1 else ""
+        return f"{count}{hardware['gpu'] or hardware['cpu']}, {hardware['precision']}"
 
     @property
     def machine_with_threads(self) -> str:
@@ -72,15 +78,19 @@ class Record:
     def is_run_of(self, config: dict[str, Any]) -> bool:
         """Whether ``config``, as composed now, describes this run, wherever data and results lie.
 
-        A key that either side lacks was added or removed since, and is not compared. Hardware is
-        compared by name, and only where the config asks for one; of data and weights in a folder of
-        the user's, that they were given.
+        A key that only the record has was removed since, and is not compared; one that only
+        ``config`` has was added since, and was off then: None or False. Hardware is compared by
+        name, and only where the config asks for one; of data and weights in a folder of the user's,
+        that they were given.
         """
         hardware = config["hardware"]["name"]
         if hardware not in ("auto", self.values["config"]["hardware"]["name"]):
             return False
         own, wanted = (dict(_leaves(values)) for values in (self.values["config"], config))
-        return all(own[name] == wanted[name] for name in own.keys() & wanted.keys())
+        added = (wanted[name] for name in wanted.keys() - own.keys())
+        return all(value is None or value is False for value in added) and all(
+            own[name] == wanted[name] for name in own.keys() & wanted.keys()
+        )
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -45,8 +45,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Trial:
-    """A learning rate: tried with the first seed or, as the best so far, with all; or beside those
-    that the table tries, where there are records of it."""
+    """A learning rate: tried with the first seed or, as the best, with all; or beside those that
+    the table tries, where there are records of it."""
 
     learning_rate: float
     loss: float | None  # mean over the seeds; None: all diverged
@@ -188,8 +188,8 @@ def _selection(states: list[State]) -> list[str]:
     if any(len(state.cell.learning_rates) > 1 for state in states):
         sentences.append(
             "Learning rate: the one with the lowest training loss over the last tenth of the "
-            f"steps; each is tried with seed {states[0].cell.seeds[0]}, the best so far with all "
-            "seeds; the score took no part. * the best is the lowest or the highest that was tried."
+            f"steps with seed {states[0].cell.seeds[0]}; the best runs with all seeds; the score "
+            "took no part. * the best is the lowest or the highest that was tried."
         )
     else:
         sentences.append("Learning rate: one for each row, chosen beforehand.")

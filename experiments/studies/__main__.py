@@ -2,7 +2,7 @@
 
 python -m experiments.studies                        what there is
 python -m experiments.studies all                    every study, about 5 minutes on an idle core
-python -m experiments.studies rosenbrock lr=0.02     one, with another setting
+python -m experiments.studies rosenbrock lr=0.05     one, with another setting
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments import atomic, records
+from experiments import atomic, hub, records
 from experiments.errors import ExperimentError
 
 STUDIES = ("rosenbrock", "convergence", "ablations", "compressor", "galore_error")
@@ -54,13 +54,17 @@ def main() -> int:
     names = STUDIES if arguments.study == "all" else (arguments.study,)
     if len(names) > 1 and arguments.settings:
         parser.error("settings belong to one study: name it instead of all")
+    hub.go_offline_if_unreachable()
     try:
         for name in names:
             path = run(name, arguments.settings, arguments.data, arguments.results)
             print(f"{name}: {path}")
     except ExperimentError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; studies that had ended are written", file=sys.stderr)
+        return 130
     return 0
 
 

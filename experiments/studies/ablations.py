@@ -135,7 +135,7 @@ def train(
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        sample = windows[:: len(windows) // 8192]
+        sample = windows[:: max(1, len(windows) // 8192)]
         final = F.cross_entropy(model(sample[:, :-1]), sample[:, -1]).item()
     # A run that diverged must lose every comparison.
     return final if math.isfinite(final) else math.inf, state_bytes / num_parameters

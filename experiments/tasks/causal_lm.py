@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from experiments import activations, atomic, models
 from experiments.config import RunConfig
 from experiments.data import text
-from experiments.errors import ExperimentError
+from experiments.errors import require
 from experiments.evaluation import Harness
 from experiments.hardware import Hardware
 from experiments.tasks import Task
@@ -175,13 +175,13 @@ class CausalLM(Task):
         self._tokenizer = loaded.tokenizer
         self.model = loaded.model.to(hardware.device, hardware.param_dtype)
         self.model_source = loaded.source
+        remedy = "there is no split test: hold some rows out"
+        require("test" in data.rows, "dataset.num_held_out", config.dataset.num_held_out, remedy)
         self._train = self._encode(data.rows["train"])
         self._test = self._encode(data.rows["test"])
-        if not self._train:
-            raise ExperimentError(
-                f"task.max_length={config.task.max_length}: every training example is longer; "
-                "raise it"
-            )
+        for kind, examples in (("training", self._train), ("held-out", self._test)):
+            remedy = f"every {kind} example is longer; raise it"
+            require(bool(examples), "task.max_length", config.task.max_length, remedy)
         self.num_examples = len(self._train)
         self.num_overlong_examples = len(data.rows["train"]) - len(self._train)
 

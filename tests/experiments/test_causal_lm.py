@@ -89,10 +89,13 @@ def test_the_byte_tokenizer_gives_every_text_back(tiny: models.LoadedModel) -> N
     assert max(tokens) < 259
 
 
-def test_the_planned_largest_batch_is_no_smaller_than_a_real_one(tiny: models.LoadedModel) -> None:
+def test_the_planned_largest_batch_is_as_large_as_a_real_one(tiny: models.LoadedModel) -> None:
     planned = causal_lm.largest_batch(4, 64, torch.device("cpu"))
+    real = causal_lm.collate([Example([5] * 64, 1)] * 4, 0)  # a prompt of one token
+    for name in ("input_ids", "positions", "targets"):
+        assert getattr(planned, name).shape == getattr(real, name).shape
+    assert (planned.num_targets, planned.num_units) == (real.num_targets, real.num_units)
     model: PreTrainedModel = tiny.model
-    assert planned.num_targets == 4 * 63
     assert causal_lm.loss_sum(model, planned).isfinite()
 
 

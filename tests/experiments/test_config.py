@@ -73,6 +73,7 @@ def test_the_paper_preset_is_the_authors_recipe(composed: Compose) -> None:
     assert config.model.name == "llama2_7b"
     assert (config.training.global_batch_size, config.training.epochs) == (32, 3)
     assert (config.training.warmup_steps, config.training.schedule) == (20, "linear")
+    assert config.training.max_grad_norm is None
     assert config.task.max_length == 512
     assert config.hardware.precision == "bf16"
     assert isinstance(config.optimizer, MicroAdamConfig)
@@ -127,6 +128,7 @@ def test_a_run_on_local_data_is_another_run_wherever_that_data_lies(
         ("dataset.source=web", ["dataset.source=web", "generated"]),
         ("evaluation.harness.gsm8k.num_fewshot=-1", ["num_fewshot=-1"]),
         ("dataset.num_held_out=0", ["dataset.num_held_out=0", "greater than 0"]),
+        ("dataset.num_held_out=9", ["dataset.num_held_out=9", "test is there already"]),
         ("model.path=weights", ["model.path=weights", "model.weights=pretrained"]),
         (
             "hardware.activation_offloading=true",

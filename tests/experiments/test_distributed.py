@@ -182,10 +182,10 @@ def test_a_batch_that_cannot_be_shared_out_equally_is_refused(
     assert sorted(itertools.chain(*shares)) == sorted(DataOrder(training, 64, 0)[5])
 
 
-def test_an_optimizer_that_cannot_step_shards_is_refused(
-    composed: Compose, quick: tuple[str, ...]
-) -> None:
+def test_what_cannot_be_sharded_is_refused(composed: Compose, quick: tuple[str, ...]) -> None:
     from experiments.runner import execute
 
     with pytest.raises(ExperimentError, match=r"fsdp2, optimizer=came: choose one of microadam"):
         execute(composed(*quick, "optimizer=came", "hardware.parallel=fsdp2"))
+    with pytest.raises(ExperimentError, match=r"hardware.parallel=fsdp2: .*channels-last"):
+        execute(composed("task=imagenet", "scale=smoke", "hardware.parallel=fsdp2"))

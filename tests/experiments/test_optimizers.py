@@ -204,7 +204,7 @@ def test_a_run_finishes(composed: Compose, name: str) -> None:
     execute(config)
     record = RunFolder(config).finished_record()
     assert record is not None
-    assert record["optimizer"] == name
+    assert (record["status"], record["optimizer"]) == ("finished", name)
     assert record["metrics"]["memory/state_bytes"] > 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import checkpoints, status
+from experiments import activations, checkpoints, status
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
 from experiments.records import RunFolder
@@ -217,11 +217,25 @@ def test_overlong_examples_are_counted_not_cut(composed: Compose) -> None:
         execute(composed(*SHORT, "task.max_length=10"))
 
 
-def test_recomputed_activations_give_the_same_training(composed: Compose) -> None:
+def test_data_without_a_split_to_evaluate_on_is_refused(composed: Compose) -> None:
+    config = composed(*SHORT, "task=open_platypus", "dataset.num_held_out=null")
+    with pytest.raises(ExperimentError, match=r"num_held_out=None: there is no split test"):
+        execute(config)
+
+
+def test_recomputed_activations_give_the_same_training(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enabled = []
+    enable = activations.enable_checkpointing
+    monkeypatch.setattr(
+        activations, "enable_checkpointing", lambda *given: enabled.append(enable(*given))
+    )
     plain = composed(*SHORT)
     recomputing = composed(*SHORT, "hardware.activation_checkpointing=true")
     for config in (plain, recomputing):
         execute(config)
+    assert len(enabled) == 1
     assert outcome(plain) == outcome(recomputing)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,8 +53,7 @@ def set_random_gradients(optimizer: Optimizer, rng: np.random.Generator) -> None
 def clone_all(optimizer: Optimizer) -> list[dict[str, Tensor]]:
     """Copies of every parameter of an optimizer and of its state."""
     return [
-        {"parameter": p.detach().clone()}
-        | {name: value.clone() for name, value in optimizer.state.get(p, {}).items()}
+        {"parameter": p.detach().clone()} | copy.deepcopy(optimizer.state.get(p, {}))
         for p in parameters_of(optimizer)
     ]
 

@@ -9,6 +9,7 @@ from the window) is judged from the number that was stored.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import dataclass, replace
 
@@ -101,12 +102,8 @@ def take_snapshot(optimizer: MicroAdam, p: Tensor, hyper: Hyperparameters) -> Sn
         in_storage_order(p, like=p),
         in_storage_order(p.grad, like=p),
         # A copy: on the CPU the arrays share memory with the optimizer's tensors.
-        read_state(clone_state(optimizer.state.get(p, {})), p.numel(), hyper),
+        read_state(copy.deepcopy(optimizer.state.get(p, {})), p.numel(), hyper),
     )
-
-
-def clone_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in state.items()}
 
 
 def step_and_judge(optimizer: MicroAdam) -> None:

@@ -146,9 +146,19 @@ def test_parameters_that_never_had_a_gradient_have_no_state_to_load() -> None:
     set_random_gradients(source, np.random.default_rng(0))
     source.param_groups[0]["params"][1].grad = None
     source.step()
+    assert not source.state[source.param_groups[0]["params"][1]]  # makes an empty one
     target.load_state_dict(source.state_dict())
     assert 1 not in target.state_dict()["state"]
     take_steps(target, 1, 2)
+
+
+def test_rates_of_numpy_do_not_stop_loading(tmp_path: Path) -> None:
+    """As a grid of np.logspace gives them; weights_only refuses NumPy's scalars."""
+    p = torch.zeros(3, requires_grad=True)
+    rates = {"lr": np.float64(1e-3), "betas": (np.float64(0.9), np.float64(0.99))}
+    torch.save(MicroAdam([p], **rates).state_dict(), tmp_path / "state.pt")
+    (group,) = torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"]
+    assert (group["lr"], group["betas"]) == (1e-3, (0.9, 0.99))
 
 
 def test_load_hooks_see_and_change_the_whole_state() -> None:

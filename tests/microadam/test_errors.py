@@ -164,6 +164,37 @@ def test_a_memory_format_that_changes_after_the_first_step_is_refused() -> None:
     assert optimizer.state[p]["step"] == 1
 
 
+@pytest.mark.parametrize("is_saved_contiguous", [True, False])
+def test_a_checkpoint_of_another_memory_format_is_refused(is_saved_contiguous: bool) -> None:
+    contiguous = torch.randn(4, 3, 2, 2)
+    saved, other = contiguous, contiguous.to(memory_format=torch.channels_last)
+    if not is_saved_contiguous:
+        saved, other = other, saved
+    optimizers = []
+    for value in (saved, saved, other):
+        p = nn.Parameter(value.clone())
+        p.grad = torch.ones_like(p)
+        optimizers.append(MicroAdam([p]))
+    first, same, different = optimizers
+    first.step()
+    for optimizer in (same, different):
+        optimizer.load_state_dict(first.state_dict())
+    same.step()
+    with pytest.raises(ValueError, match="parameter 0 has another memory format"):
+        different.step()
+
+
+def test_a_parameter_twice_in_a_group_is_refused() -> None:
+    p = nn.Parameter(torch.ones(5))
+    optimizer = MicroAdam([nn.Parameter(torch.ones(5))])
+    with (
+        pytest.warns(UserWarning, match="duplicate parameters"),
+        pytest.raises(ValueError, match="a parameter appears twice in the group"),
+    ):
+        optimizer.add_param_group({"params": [p, p]})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_state_on_another_device_is_named_with_the_remedy(rng: np.random.Generator) -> None:
     """As where a model moves after its first step."""
     optimizer = new_optimizer(rng)

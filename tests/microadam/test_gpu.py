@@ -185,6 +185,18 @@ def test_graph_capture_and_replay(rng: np.random.Generator) -> None:
     assert_same(clone_all(optimizer), clone_all(expected))
 
 
+def test_capture_of_a_first_step_is_refused(rng: np.random.Generator) -> None:
+    optimizer = new_optimizer(rng, 5)
+    set_gradients(optimizer, 0)
+    with (
+        pytest.raises(RuntimeError, match="take a step before"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        optimizer.step()
+    optimizer.step()
+    assert optimizer.state[parameters_of(optimizer)[0]]["step"].item() == 1
+
+
 def test_step_does_not_wait_for_the_device(rng: np.random.Generator) -> None:
     optimizer = new_optimizer(rng, 5, 10_000)
     set_gradients(optimizer, 0)

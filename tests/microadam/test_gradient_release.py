@@ -395,6 +395,24 @@ def test_another_optimizer_of_released_parameters_is_refused_until_the_first_let
         enable_gradient_release(model, second)
     handle.remove()
     enable_gradient_release(model, second)
+    handle.remove()  # again, it ends nothing of the second's
+    with pytest.raises(RuntimeError, match="enabled for a parameter of the model already"):
+        enable_gradient_release(model, second)
+
+
+def test_a_gradient_of_another_dtype_is_released() -> None:
+    released, plain = (nn.Linear(70, 3, dtype=torch.bfloat16) for _ in range(2))
+    plain.load_state_dict(released.state_dict())
+    optimizers = []
+    for model in (released, plain):
+        for p in model.parameters():
+            p.grad_dtype = torch.float32
+        optimizers.append(MicroAdam(model.parameters()))
+    enable_gradient_release(released, optimizers[0])
+    for model, optimizer in zip((released, plain), optimizers, strict=True):
+        model(torch.ones(2, 70, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+    assert torch.equal(released.weight, plain.weight)
 
 
 def test_a_sparse_gradient_is_refused() -> None:

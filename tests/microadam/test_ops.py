@@ -66,7 +66,8 @@ def test_operator_in_a_compiled_graph() -> None:
 def test_optimizer_under_compile() -> None:
     eager, compiled = (torch.nn.Parameter(torch.ones(300)) for _ in range(2))
     optimizer = MicroAdam([compiled])
-    step = torch.compile(optimizer.step, backend="eager")
+    counter = torch._dynamo.testing.CompileCounter()  # type: ignore[no-untyped-call]
+    step = torch.compile(optimizer.step, backend=counter)
     for grad in torch.randn(3, 300, generator=torch.Generator().manual_seed(0)):
         eager.grad, compiled.grad = grad.clone(), grad.clone()
         step()
@@ -75,6 +76,7 @@ def test_optimizer_under_compile() -> None:
         eager.grad = grad.clone()
         expected.step()
     assert torch.equal(compiled, eager)
+    assert counter.op_count > 0
 
 
 def on_fake_tensors(args: tuple[Any, ...]) -> None:

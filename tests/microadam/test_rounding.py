@@ -83,19 +83,6 @@ def test_stochastic_rounding_depends_on_seed_parameter_step_and_element_only(
             assert not torch.equal(movements[i], movements[j])
 
 
-def test_stochastic_rounding_does_not_depend_on_the_number_of_threads() -> None:
-    start, gradient = torch.ones(50_000, dtype=torch.bfloat16), torch.ones(50_000)
-    gradient = gradient.bfloat16()
-    expected = one_step(start, gradient, seed=1)
-    num_threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        result = one_step(start, gradient, seed=1)
-    finally:
-        torch.set_num_threads(num_threads)
-    assert torch.equal(result, expected)
-
-
 def test_stochastic_rounding_does_not_depend_on_the_blocks() -> None:
     """With every coordinate kept, blocks only say in which order the work is done."""
     start = torch.ones(1000, dtype=torch.bfloat16)

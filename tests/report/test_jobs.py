@@ -92,3 +92,19 @@ def test_sigterm_is_passed_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run()
     assert signal.getsignal(signal.SIGTERM) == previous
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_sigterm_ends_all_before_a_process_handles_it(tmp_path: Path, is_running: bool) -> None:
+    def run() -> None:
+        with Jobs(2, tmp_path) as jobs:
+            if is_running:
+                jobs.start(["sleep", "60"])
+            signal.raise_signal(signal.SIGTERM)
+            if is_running:
+                jobs.wait_for_one()
+            else:
+                jobs.start(["sleep", "60"])
+
+    with pytest.raises(KeyboardInterrupt):
+        run()

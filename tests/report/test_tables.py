@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 
 from experiments.errors import ExperimentError
+from experiments.records import RunFolder
 from experiments.report import formats, planning, records, tables
-from experiments.report.planning import Cell
+from experiments.report.planning import Cell, Run
 from experiments.report.records import Record
 from experiments.report.tables import Column, Table
 from run import compose
@@ -295,6 +297,21 @@ def test_an_interrupted_fresh_table_says_how_it_goes_on_and_then_does_the_rest(
     assert optimizers == [f"optimizer={name}" for name in names]
 
 
+@pytest.mark.usefixtures("ran")
+def test_a_fresh_table_goes_on_with_a_run_that_was_interrupted(tmp_path: Path) -> None:
+    since = "2026-05-31T14:00+00:00"
+    own = ["table1", "--scale", "smoke", "--results-dir", str(tmp_path), "--fresh", since]
+    options = script.arguments(own)
+    interrupted, other = script.read("table1").cells("smoke", "auto")[:2]
+    runs = [Run(cell, 1e-3, 42) for cell in (interrupted, other)]
+    folder = RunFolder(compose(*script._overrides(runs[:1]), f"results_dir={tmp_path}"))
+    folder.path.mkdir(parents=True)
+    folder.start(compose(*interrupted.overrides))
+    assert ["force=true" in script._command([run], options) for run in runs] == [False, True]
+    os.utime(folder.path / "config.yaml", (0, 0))  # begun before, and given up
+    assert "force=true" in script._command(runs[:1], options)
+
+
 def test_a_failed_run_leaves_its_cells_empty_and_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ran: list[list[str]]
 ) -> None:
@@ -323,7 +340,7 @@ def test_a_launcher_gets_the_runs_of_a_row_as_one_sweep(tmp_path: Path) -> None:
     grid = Cell("m", "o", ("task=mnli",), record()["config"], (1e-4, 1e-3), (42,))
     runs = planning.state_of(grid, []).missing
     options = script.arguments(["table1", "--launcher", "joblib"])
-    (group,) = script._grouped(runs, "joblib")
+    (group,) = script._grouped(runs, options)
     command = script._command(group, options)
     assert command[1:4] == ["run.py", "--multirun", "hydra/launcher=joblib"]
     assert command[4:] == ["task=mnli", "optimizer.lr=0.0001,0.001", "seed=42"]
