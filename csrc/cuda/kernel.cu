@@ -97,8 +97,8 @@ __device__ void compute_updates(const Block& block, int begin, int end, Shared& 
     reinterpret_cast<float4*>(moments.first)[i] = {0.0f, 0.0f, 0.0f, 0.0f};
     reinterpret_cast<float4*>(moments.second)[i] = {0.0f, 0.0f, 0.0f, 0.0f};
   }
-  // No coordinate repeats within a slot, but for a slot's zeros where none was written; one slot after
-  // the other, sums have one order.
+  // No coordinate repeats within a slot, but for the zeros of one that was never written; one slot
+  // after the other, sums have one order.
   for (int slot = 0; slot < num_slots; ++slot) {
     __syncthreads();
     for (int j = threadIdx.x; j < block.k; j += kThreads) {

@@ -200,7 +200,6 @@ def _learning_rates(table: Table, figures_dir: Path) -> Figure | None:
     models = _by_model([row for row in table.rows if len(row.trials) > 1])
     if not models:
         return None
-    num_seeds = max(len(trial.records) for row in table.rows for trial in row.trials)
     drawing, axes = _panels(len(models))
     for ax, (model, rows) in zip(axes, models, strict=True):
         for row, style in zip(rows, styles(rows), strict=True):
@@ -208,9 +207,6 @@ def _learning_rates(table: Table, figures_dir: Path) -> Figure | None:
             rates = [trial.learning_rate for trial in finished]
             losses = [trial.loss for trial in finished]
             ax.plot(rates, losses, marker="o", label=row.optimizer, **style)
-            hollow = [i for i, trial in enumerate(finished) if len(trial.records) < num_seeds]
-            own = {"color": style["color"], "markersize": style["markersize"]}
-            ax.plot(rates, losses, "o", markevery=hollow, markerfacecolor="white", **own)
             for trial in row.trials:
                 if trial.loss is None:
                     ax.axvline(trial.learning_rate, alpha=0.4, **style)
@@ -220,9 +216,8 @@ def _learning_rates(table: Table, figures_dir: Path) -> Figure | None:
         ax.minorticks_off()
         ax.legend()
     sentence = (
-        "Training loss over the last tenth of the steps, by learning rate. A filled point is the "
-        f"mean of all seeds ({num_seeds}), a hollow one is of fewer. Also rates "
-        "that the table does not try, of earlier trials. A vertical line is a rate that diverged."
+        "Training loss over the last tenth of the steps with the first seed, by learning rate; "
+        "also rates that the table does not try. A vertical line is a rate that diverged."
     )
     title = f"Learning rates: {_short(table)}"
     return save(drawing, figures_dir, f"lr_{table.file_stem}", title, sentence)

@@ -131,7 +131,7 @@ def _headlines(results_dir: Path, all_tables: Sequence[Table]) -> list[Headline]
         measured = json.loads(step_path.read_text(encoding="utf-8"))
         environment = measured["environment"]
         machine = f"{environment['device']}, {environment['num_threads']} threads"
-        beside = f"in float32; in bfloat16 {_ratios(measured, 'bfloat16')} ({machine})"
+        beside = f"float32, {machine}; bfloat16: {_ratios(measured, 'bfloat16')}"
         label = "of the step time of torch's fused AdamW"
         found.append(Headline(_ratios(measured, "float32"), label, beside))
     for table in all_tables:
@@ -146,7 +146,7 @@ def _ratios(measured: dict[str, Any], dtype: str) -> str:
         for row in measured["rows"]
         if (row["dtype"], row["optimizer"]) == (dtype, "MicroAdam")
     ]
-    return f"{min(own):.2f} to {max(own):.2f}"
+    return f"{min(own):.1f}–{max(own):.1f}"  # noqa: RUF001
 
 
 def _headline_of(table: Table) -> list[Headline]:

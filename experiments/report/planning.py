@@ -7,8 +7,6 @@ best of several rates is the lowest or the highest, the grid grows on that side.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +89,7 @@ def state_of(cell: Cell, records: list[Record]) -> State:
         by_rate = {rate: _by_seed(cell, rate, records) for rate in sorted(rates)}
         tried = {rate: by_seed for rate, by_seed in by_rate.items() if first in by_seed}
         untried = [rate for rate in rates if rate not in tried]
-        losses = {rate: mean_loss([by_seed[first]]) for rate, by_seed in tried.items()}
+        losses = {rate: final_loss(by_seed[first]) for rate, by_seed in tried.items()}
         finite = {rate: loss for rate, loss in losses.items() if loss is not None}
         best = min(finite, key=finite.__getitem__, default=None)
         added = None if untried or best is None else _beyond(best, list(tried), cell)
@@ -100,7 +98,7 @@ def state_of(cell: Cell, records: list[Record]) -> State:
         rates.append(added)
     other_rates = sorted({record.learning_rate for record in records} - {*rates})
     beside = {rate: _by_seed(cell, rate, records) for rate in other_rates}
-    beside = {rate: by_seed for rate, by_seed in beside.items() if by_seed}
+    beside = {rate: by_seed for rate, by_seed in beside.items() if first in by_seed}
     missing = [Run(cell, rate, first) for rate in untried]
     num_later = 0
     if untried:  # at whichever rate turns out the best: its other seeds may be there already
@@ -122,10 +120,9 @@ def _by_seed(cell: Cell, rate: float, records: list[Record]) -> dict[int, Record
     return {seed: record for seed, record in found.items() if record is not None}
 
 
-def mean_loss(records: Iterable[Record]) -> float | None:
-    """The training loss that rates are compared by; None where all diverged."""
-    losses = [r.metrics[_SELECTED_BY] for r in records if not r.has_diverged]
-    return statistics.fmean(losses) if losses else None
+def final_loss(record: Record) -> float | None:
+    """The training loss that rates are compared by; None where the run diverged."""
+    return None if record.has_diverged else record.metrics[_SELECTED_BY]
 
 
 def _beyond(best: float, rates: list[float], cell: Cell) -> float | None:

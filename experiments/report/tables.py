@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.report import formats
-from experiments.report.planning import State, mean_loss
+from experiments.report.planning import State, final_loss
 from experiments.report.records import Record
 
 DEFAULT_SCALE = "mini"  # whose table has no scale in its file name
@@ -49,7 +49,7 @@ class Trial:
     the table tries, where there are records of it."""
 
     learning_rate: float
-    loss: float | None  # mean over the seeds; None: all diverged
+    loss: float | None  # with the first seed; None: it diverged
     records: list[str]
 
 
@@ -142,6 +142,7 @@ def make(
 
 
 def _row(state: State, columns: list[Column]) -> Row:
+    first = state.cell.seeds[0]
     finished = [record for record in state.records if not record.has_diverged]
     shown = state.records or state.all_records[:1]  # where all diverged, one of them
     return Row(
@@ -154,7 +155,7 @@ def _row(state: State, columns: list[Column]) -> Row:
         num_diverged=len(shown) - len(finished),
         records=[record.file for record in shown],
         trials=[
-            Trial(rate, mean_loss(by_seed.values()), [r.file for r in by_seed.values()])
+            Trial(rate, final_loss(by_seed[first]), [r.file for r in by_seed.values()])
             for rate, by_seed in sorted({**state.tried, **state.beside}.items())
         ],
         data_source=_listed(record.values["data_source"] for record in shown),

@@ -297,6 +297,19 @@ def test_an_interrupted_fresh_table_says_how_it_goes_on_and_then_does_the_rest(
     assert optimizers == [f"optimizer={name}" for name in names]
 
 
+def test_rates_are_compared_with_the_first_seed() -> None:
+    losses = {(1e-3, 42): 0.5, (1e-3, 7): 0.9, (1e-4, 42): 0.6}
+    found = [
+        Record(f"{lr}-{seed}.json", record(lr=lr, seed=seed, metrics={"train/final_loss": loss}))
+        for (lr, seed), loss in losses.items()
+    ]
+    of_two = Cell("m", "o", (), record()["config"], (1e-4, 1e-3), (42, 7))
+    (row,) = tables.make("t", "mini", "t", COLUMNS, [planning.state_of(of_two, found)], []).rows
+    assert [(trial.learning_rate, trial.loss) for trial in row.trials] == [(1e-4, 0.6), (1e-3, 0.5)]
+    assert row.values[0] is not None
+    assert row.values[0].mean == pytest.approx(0.7)
+
+
 @pytest.mark.usefixtures("ran")
 def test_a_fresh_table_goes_on_with_a_run_that_was_interrupted(tmp_path: Path) -> None:
     since = "2026-05-31T14:00+00:00"
