@@ -158,7 +158,7 @@ class _Page:
         self._data_file = data_file
         self._journal_file = journal_file
         self._data = bytearray()
-        self._rows: list[np.ndarray] = []
+        self._rows: list[bytes] = []
 
     def add(self, row: np.ndarray, data: np.ndarray) -> None:
         if len(self._data) + len(data) > _PAGE_BYTES:
@@ -167,7 +167,7 @@ class _Page:
         entry["row"] = row
         entry["row"]["f0"]["data_ptr"] = self._data_file.tell() + len(self._data)
         entry["num_bytes"] = len(data)
-        self._rows.append(entry)
+        self._rows.append(entry.tobytes())
         self._data += data.tobytes()
 
     def flush(self) -> None:
@@ -175,7 +175,7 @@ class _Page:
             return
         self._data_file.write(self._data.ljust(_PAGE_BYTES, b"\0"))
         _sync(self._data_file)
-        self._journal_file.write(np.concatenate(self._rows).tobytes())
+        self._journal_file.write(b"".join(self._rows))
         _sync(self._journal_file)
         self._data.clear()
         self._rows.clear()
@@ -219,9 +219,12 @@ def _finish(partial: Path, rows: np.ndarray) -> None:
     for descriptor, (name, field) in zip(descriptors, _FIELDS.items(), strict=True):
         descriptor["type_id"] = type_ids[field]
         descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
+    # NumPy's own copies leave a row's padding as the memory was: the same images, other files.
+    metadata = np.zeros(len(rows), _ROW)
+    metadata[:] = rows["row"]
     table = np.zeros(len(rows), ALLOC_TABLE_TYPE)
     table["sample_id"] = np.arange(len(rows))
-    table["ptr"] = rows["row"]["f0"]["data_ptr"]
+    table["ptr"] = metadata["f0"]["data_ptr"]
     table["size"] = rows["num_bytes"]
     header: Any = np.zeros((), HeaderType)
     header["version"] = CURRENT_VERSION
@@ -233,5 +236,5 @@ def _finish(partial: Path, rows: np.ndarray) -> None:
         file.seek(0, os.SEEK_END)
         file.write(table.tobytes())
         file.seek(0)
-        file.write(header.tobytes() + descriptors.tobytes() + rows["row"].tobytes())
+        file.write(header.tobytes() + descriptors.tobytes() + metadata.tobytes())
         _sync(file)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,26 @@ def test_ffcv_reads_the_very_pixels_and_labels(tmp_path: Path) -> None:
     pages = reader.alloc_table["ptr"] >> np.uint64(14)
     assert len(set(pages)) > 5
     assert np.array_equal(pages, (reader.alloc_table["ptr"] + reader.alloc_table["size"] - 1) >> 14)
+
+
+@pytest.fixture
+def fill_new_memory() -> Iterator[Callable[[int], None]]:
+    """Has glibc fill memory with a byte before it is handed out."""
+    m_perturb = -6
+    libc = ctypes.CDLL(None)
+    yield lambda byte: libc.mallopt(m_perturb, byte)
+    libc.mallopt(m_perturb, 0)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc's mallopt")
+def test_the_same_images_make_the_same_file(
+    tmp_path: Path, fill_new_memory: Callable[[int], None]
+) -> None:
+    files = [tmp_path / "one.beton", tmp_path / "other.beton"]
+    for path, byte in zip(files, [0x5A, 0xA5], strict=True):
+        fill_new_memory(byte)
+        beton.write(Noise(), path, PIXELS, num_workers=0)
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("torn", ["", "journal", "partial"])
