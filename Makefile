@@ -54,8 +54,8 @@ docs: setup  ## the documentation as a site, build/docs/index.html; a dead link 
 screenshot: report  ## the page as a picture, for the README (needs chromium)
 	scripts/screenshot.sh
 
-test: setup  ## run the tests (minutes; needs no GPU and no network)
-	$(BIN)/python -m pytest $(ARGS)
+test: setup  ## run the tests (9 minutes on 2 cores; needs no GPU and no network)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 lint: setup  ## ruff, mypy, and clang-format over csrc
 	$(BIN)/ruff check .
