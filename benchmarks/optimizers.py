@@ -16,6 +16,7 @@ Factory = Callable[[Parameters], Optimizer]
 
 BASELINE = "AdamW (fused)"
 ORIGINAL = "original MicroAdam"
+NOT_BUILT_FOR_SPEED = ("GaLore", "CAME")  # the first would spend minutes in decompositions
 
 
 def _from(module: str, name: str, **arguments: object) -> Factory:
@@ -58,6 +59,10 @@ def available() -> dict[str, Factory]:
         for name, (module, factory) in _FACTORIES.items()
         if importlib.util.find_spec(module)
     }
+
+
+def rivals_in_speed() -> list[str]:
+    return [name for name in available() if name not in NOT_BUILT_FOR_SPEED]
 
 
 def supports(name: str, dtype: torch.dtype, device: str) -> bool:

@@ -34,10 +34,9 @@ architecture=$("$PYTHON" -c 'import torch; print("{}.{}".format(*torch.cuda.get_
     echo "gpu_check: $PYTHON finds no torch with a CUDA device" >&2
     exit 1
 }
-# GaLore and CAME are no rivals in speed: the first would spend minutes in decompositions.
 mapfile -t rivals < <("$PYTHON" -c '
-from benchmarks.optimizers import available
-print(*(name for name in available() if name not in ("GaLore", "CAME")), sep="\n")')
+from benchmarks.optimizers import rivals_in_speed
+print(*rivals_in_speed(), sep="\n")')
 
 stage build 100 env MICROADAM_CUDA_ARCHITECTURES="$architecture" \
     "$PYTHON" setup.py build_ext --inplace
@@ -45,7 +44,7 @@ stage build 100 env MICROADAM_CUDA_ARCHITECTURES="$architecture" \
 stage tests 170 "$PYTHON" -m pytest -v --maxfail=5 --tb=short --hypothesis-profile=quick -m gpu \
     tests/microadam
 stage step 110 "$PYTHON" -m benchmarks.step --device cuda --models '2^30' bert-base --rounds 30 \
-    --optimizers "${rivals[@]}" --output "$OUT/step"
+    --output "$OUT/step"
 # One after the other, so that where the large model finds no room the rest is measured.
 stage llama 70 "$PYTHON" -m benchmarks.step --device cuda --models llama2-7b --dtypes bfloat16 \
     --optimizers 'AdamW (fused)' MicroAdam --rounds 10 --output "$OUT/llama"
