@@ -92,6 +92,6 @@ benchmark: setup  ## step time and state memory of the optimizers, image loading
 studies: setup  ## run the studies anew, into results/studies/ (about 5 minutes on an idle core)
 	$(BIN)/python -m experiments.studies all $(ARGS)
 
-clean:  ## remove what was built and cached; the environment and all results stay
-	rm -rf microadam/_native.so build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean:  ## remove what was built and cached; the environment and all results stay (make setup builds again)
+	rm -rf microadam/_native.so $(VENV)/setup.stamp build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find microadam experiments tests -name __pycache__ -prune -exec rm -rf {} +

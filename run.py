@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import config, hub, sweeps
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, how_to_go_on
 from experiments.optimizers import OPTIMIZERS
 
 _CONFIGS = Path(__file__).parent / "configs"
@@ -76,6 +76,15 @@ class Sweep(Callback):
     By itself Hydra raises the first failure when all jobs are through and forgets the others. With
     every launcher, the first two methods run where the job runs, the last one where the sweep does.
     """
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            print(
+                "error: --multirun (or a sweep) in several processes: each would go through all "
+                "jobs; start torchrun once for each job, or choose a launcher",
+                file=sys.stderr,
+            )
+            sys.exit(2)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
@@ -136,6 +145,7 @@ def _one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
+    is_first = os.environ.get("RANK", "0") == "0"
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here instead of half-printed
     register_schemas()
@@ -150,12 +160,10 @@ if __name__ == "__main__":
     ) as error:
         if wants_traceback:
             raise
-        if os.environ.get("RANK", "0") == "0":  # every rank meets the same error
+        if is_first:  # every rank meets the same error
             print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        command = "the same command"
-        if "force=true" in sys.argv:
-            command += " without force=true"
-        print(f"\ninterrupted; {command} goes on from the last checkpoint", file=sys.stderr)
+        if is_first:  # every rank has been interrupted
+            print(f"\ninterrupted; {how_to_go_on()} from the last checkpoint", file=sys.stderr)
         sys.exit(130)

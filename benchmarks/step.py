@@ -3,8 +3,8 @@
     python -m benchmarks.step
 
 Machines are noisy, so the two optimizers step in turn, and only quiet rounds count: those in which
-fused AdamW was within 25% of its own best tenth, and our threads waited for a core during at most 2%
-of the time. (On a CPU the first is not enough: fused AdamW waits for memory, and a single core
+fused AdamW was within 25% of its own best tenth, and our threads waited for a core during at most
+2% of the time. (On a CPU the first is not enough: fused AdamW waits for memory, and a single core
 suffices for that.) The ratio is the median over quiet rounds; beside it stand the quartiles. Where
 no round was quiet, all count, and the table says so.
 """

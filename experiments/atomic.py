@@ -49,7 +49,8 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ExperimentError(
             f"{path}: could not be written ({error.strerror}); nothing that was there is lost: "
-            "make room or set results_dir, then the same command goes on"
+            "make room, or choose another folder with results_dir (or $MICROADAM_CACHE), then the "
+            "same command goes on"
         ) from error
 
 
@@ -59,15 +60,20 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Where another process made ``path`` in the meantime, that one stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    try:
-        yield partial
-        if not path.exists():
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        name = {"prefix": f".{path.name}.", "suffix": ".partial"}
+        partial = Path(tempfile.mkdtemp(**name, dir=path.parent))
+        try:
+            yield partial
             partial.chmod(0o755)  # mkdtemp makes it private
-            partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            try:
+                rename(partial, path)
+            except OSError:
+                if not path.exists():
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.errors import ExperimentError, require, require_choice, require_positive
+from experiments.errors import ExperimentError, reason, require, require_choice, require_positive
 from experiments.optimizers import MicroAdamConfig, OptimizerConfig
 
 
@@ -342,7 +342,7 @@ def parse(config: DictConfig) -> RunConfig:
     try:
         run = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ExperimentError(f"config: {str(error).splitlines()[0]}") from error
+        raise ExperimentError(f"config: {reason(error)}") from error
     if not isinstance(run, RunConfig):
         raise TypeError(f"expected a RunConfig, got {type(run).__name__}")
     return run

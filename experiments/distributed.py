@@ -8,7 +8,6 @@ evaluates and writes the run's folder; all ranks take part in sharded checkpoint
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 import sys
 import traceback
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -42,7 +41,6 @@ _SHARDABLE = ("microadam", "adamw", "adam", "sgd")
 
 T = TypeVar("T")
 
-_num_starts = itertools.count()
 _patient: dist.ProcessGroup | None = None  # for what may take long, and for numbers on the CPU
 
 
@@ -84,8 +82,7 @@ def started(config: RunConfig, hardware: Hardware) -> Iterator[None]:
         return
     store: Store = HashStore()
     if world_size() > 1:
-        shared, _, _ = next(rendezvous("env://"))
-        store = PrefixStore(str(next(_num_starts)), shared)  # of each run of a sweep its own
+        store, _, _ = next(rendezvous("env://"))
     if hardware.device.type == "cuda":
         torch.cuda.set_device(hardware.device)
     backend = "cpu:gloo,cuda:nccl" if hardware.device.type == "cuda" else "gloo"
@@ -97,7 +94,7 @@ def started(config: RunConfig, hardware: Hardware) -> Iterator[None]:
             yield
     except BaseException as error:
         is_first = _is_first_failure(store)
-        if isinstance(error, SystemExit) or (is_first and rank() == 0):
+        if isinstance(error, SystemExit | KeyboardInterrupt) or (is_first and rank() == 0):
             raise
         if is_first:
             print(f"error on rank {rank()}: {error}", file=sys.stderr)

@@ -1,11 +1,24 @@
 """The one exception whose message is meant for the person at the keyboard; checks raise it."""
 
+import sys
+
 
 class ExperimentError(Exception):
     """Something the user can mend: the message names what, its value and the remedy.
 
     ``run.py`` prints the message alone, without a traceback, and exits with 2.
     """
+
+
+def reason(error: Exception) -> str:
+    """The first line of another library's message."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def how_to_go_on() -> str:
+    """For who has interrupted run.py."""
+    without = " without force=true" if "force=true" in sys.argv else ""
+    return f"the same command{without} goes on"
 
 
 def require(is_valid: bool, name: str, value: object, remedy: str) -> None:

@@ -92,7 +92,8 @@ def _galore(grad: Tensor, state: dict[str, Any], dtype: torch.dtype, group: dict
     is_tall = grad.shape[0] > grad.shape[1]
     wide = grad.T if is_tall else grad
     if state.get("step", 0) % group["update_gap"] == 0:
-        left, _, _ = torch.linalg.svd(wide, full_matrices=False)
+        # Of a gradient that is not finite it would raise; the moments pass that on instead.
+        left, _, _ = torch.linalg.svd(wide.nan_to_num(0.0, 0.0, 0.0), full_matrices=False)
         state["projection"] = left[:, : group["rank"]].to(dtype, copy=True)
     projection = state["projection"].float()
     update = group["scale"] * (projection @ _adam(projection.T @ wide, state, dtype, group))

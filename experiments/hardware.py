@@ -53,14 +53,15 @@ class Hardware:
     def peak_bytes(self) -> int:
         """Most memory held since `forget_peak`: allocated on the GPU, or resident in this process.
 
-        On macOS, since the process began.
+        Where the system has no such peak, as macOS, since the process began.
         """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         status = _STATUS.read_text() if _STATUS.exists() else ""
         if (peak := re.search(r"VmHWM:\s+(\d+) kB", status)) is not None:
             return int(peak[1]) * 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if platform.system() == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def describe(self) -> dict[str, object]:
         """For the record: names and counts of what computed."""

@@ -32,14 +32,15 @@ def load_dataset(name: str, config: str | None, **options: Any) -> Any:
     """`datasets.load_dataset`.
 
     Raises:
-        OSError: it cannot be had; also where ``datasets`` raises a ValueError, as it does offline
-            with only another config of the data set in its cache.
+        OSError: it cannot be had; also where ``datasets`` raises another error, as it does where it
+            cannot prepare the files, and offline with only another config of the data set in its
+            cache.
     """
     import datasets
 
     try:
         return datasets.load_dataset(name, config, **options)
-    except ValueError as error:
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise FileNotFoundError(str(error)) from error
 
 

@@ -17,6 +17,7 @@ from types import FrameType
 from tqdm import tqdm
 
 from experiments import distributed
+from experiments.errors import how_to_go_on
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -60,7 +61,7 @@ class Interruption:
             raise KeyboardInterrupt
         if distributed.rank() == 0:
             name = self.signal_name or "a signal to another process"
-            tqdm.write(f"stopped by {name}: {what_was_kept}; the same command goes on", sys.stderr)
+            tqdm.write(f"stopped by {name}: {what_was_kept}; {how_to_go_on()}", sys.stderr)
         raise SystemExit(EXIT_CODE)
 
 

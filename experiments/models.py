@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
 
 from experiments import pretrained
 from experiments.config import ModelConfig
-from experiments.errors import ExperimentError, require
+from experiments.errors import ExperimentError, reason, require
 
 # What a task wants a model to do, and the types of models that do. A type that also fills in masked
 # tokens reads a text both ways, and so sees the token that it is to predict.
@@ -113,7 +113,7 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
     except (OSError, ValueError) as error:  # ValueError: of a type or tokenizer that is unknown
         raise ExperimentError(
             f"model {config.name} could not be loaded from {location} "
-            f"({str(error).splitlines()[0]}): go online with access to it, give a folder with "
+            f"({reason(error)}): go online with access to it, give a folder with "
             "model.path=FOLDER, or use model.weights=random"
         ) from error
     if tokenizer.pad_token is None:

@@ -98,10 +98,6 @@ class MicroAdamConfig(AdamWConfig):
     stochastic_rounding: bool = False
     alpha: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.alpha < 1, "optimizer.alpha", self.alpha, "must be >= 0 and < 1")
-
     def build(self, model: Module) -> Optimizer:
         from microadam import MicroAdam
 

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer
 
 from experiments import atomic, conversion, hub
@@ -59,7 +60,8 @@ def _package_folder(config: ModelConfig) -> Path:
             model = conversion.from_gguf(file)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         else:
-            model = conversion.from_onnx(file, config.architecture)
+            with torch.random.fork_rng(devices=[]):  # else later runs would draw other weights
+                model = conversion.from_onnx(file, config.architecture)
             package = str(config.tokenizer_package)
             tokenizer_file = next(_installed(package, config).rglob("tokenizer.json"))
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_file.parent)

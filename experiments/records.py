@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ import yaml
 
 import microadam
 from experiments import atomic
-from experiments.config import LoggerConfig, RunConfig, run_hash
+from experiments.config import RunConfig, run_hash
 from experiments.errors import ExperimentError
 
 _PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "hydra-core", "numpy")
@@ -118,6 +119,8 @@ class RunFolder:
 
     def start(self, config: RunConfig) -> None:
         """Writes the config; harmless where the run goes on."""
+        for left_over in self.path.glob(f".{self.model.name}.*.partial"):  # by a kill
+            shutil.rmtree(left_over, ignore_errors=True)
         text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
         atomic.write_text(self.path / "config.yaml", text)
 
@@ -155,7 +158,7 @@ def _take_lock(file: IO[str]) -> bool:
 
 
 def _to_json(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"
+    return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
 
 def provenance() -> dict[str, Any]:
@@ -189,32 +192,26 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 class Mirror:
-    """Sends metrics to Weights & Biases where the config asks for it, else does nothing."""
+    """Sends metrics to Weights & Biases."""
 
-    def __init__(self, config: LoggerConfig, run: RunFolder, run_config: RunConfig) -> None:
-        self._wandb_run = None
-        if config.name == "wandb":
-            import wandb
+    def __init__(self, run: RunFolder, config: RunConfig) -> None:
+        import wandb
 
-            try:
-                self._wandb_run = wandb.init(
-                    project=config.project,
-                    mode="offline" if config.mode == "offline" else "online",
-                    id=run.attempt,
-                    resume="allow",
-                    dir=run.path,
-                    config=dataclasses.asdict(run_config),
-                )
-            except wandb.errors.Error as error:
-                reason = str(error).rstrip(".")
-                raise ExperimentError(
-                    f"logger=wandb: {reason}; or set logger.mode=offline"
-                ) from error
+        try:
+            self._wandb_run = wandb.init(
+                project=config.logger.project,
+                mode="offline" if config.logger.mode == "offline" else "online",
+                id=run.attempt,
+                resume="allow",
+                dir=run.path,
+                config=dataclasses.asdict(config),
+            )
+        except wandb.errors.Error as error:
+            reason = str(error).rstrip(".")
+            raise ExperimentError(f"logger=wandb: {reason}; or set logger.mode=offline") from error
 
     def log(self, metrics: dict[str, Any]) -> None:
-        if self._wandb_run is not None:
-            self._wandb_run.log(metrics, step=metrics["step"])
+        self._wandb_run.log(metrics, step=metrics["step"])
 
     def close(self) -> None:
-        if self._wandb_run is not None:
-            self._wandb_run.finish()
+        self._wandb_run.finish()

@@ -29,7 +29,7 @@ from experiments import (
     tasks,
     training,
 )
-from experiments.config import LoggerConfig, RunConfig, without_places
+from experiments.config import RunConfig, without_places
 from experiments.distributed import Parallel
 from experiments.errors import require
 from experiments.hardware import Hardware
@@ -126,11 +126,12 @@ def _run(
 
     if is_first:
         run.rewind_metrics(0 if checkpoint is None else checkpoint.progress.step)
-    mirror = Mirror(config.logger if is_first else LoggerConfig(), run, config)
+    mirror = Mirror(run, config) if is_first and config.logger.name == "wandb" else None
 
     def log(metrics: dict[str, Any]) -> None:
         if is_first:
             run.append_metrics(metrics)
+        if mirror is not None:
             mirror.log(metrics)
 
     try:
@@ -141,12 +142,15 @@ def _run(
         )
         has_diverged = not math.isfinite(losses[-1])
         after, evaluation_s = ({}, 0.0) if has_diverged else _evaluate(setup)
+        if after and not math.isfinite(after["loss"]):  # the last update broke the weights
+            has_diverged, after = True, {}
         if after:
             log({"step": len(losses), **_prefixed("eval", after)})
     finally:
-        mirror.close()
+        if mirror is not None:
+            mirror.close()
 
-    finite_losses = losses[:-1] if has_diverged else losses
+    finite_losses = [loss for loss in losses if math.isfinite(loss)]
     earlier_s = 0.0 if checkpoint is None else checkpoint.progress.totals["training_s"]
     num_params = sum(p.numel() for p in task.model.parameters())
     record = {
@@ -241,7 +245,9 @@ def _curve(losses: list[float]) -> dict[str, list[float]]:
 
 
 def _prefixed(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+    """Without those that are not finite, which JSON has not."""
+    is_finite = {name: not isinstance(v, float) or math.isfinite(v) for name, v in metrics.items()}
+    return {f"{prefix}/{name}": value for name, value in metrics.items() if is_finite[name]}
 
 
 def _command(overrides: Sequence[str]) -> str:

@@ -16,8 +16,6 @@ from microadam.layout import BlockLayout
 from microadam.reference import StepArguments
 from microadam.validation import check_gradient, check_hyperparameters, check_state
 
-PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 # What is no tensor and no pair, and the Python type that the step computes with.
 _NUMBERS: dict[str, Callable[[Any], Any]] = {
     "eps": float,
@@ -136,7 +134,7 @@ class MicroAdam(Optimizer):
                 "tied weights once, as model.parameters() does"
             )
         for index, p in enumerate(group["params"]):
-            if p.dtype not in PARAM_DTYPES:
+            if p.dtype not in ops.DTYPES:
                 self.param_groups.pop()
                 raise ValueError(
                     f"parameter {index} of the group has dtype {p.dtype}; MicroAdam takes "

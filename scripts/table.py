@@ -78,6 +78,13 @@ class Definition:
                 cells.append(Cell(model, optimizer, tuple(chosen), config, rates, seeds))
         return cells
 
+    def title_of(self, scale: str) -> str:
+        return self.scales[scale].title or self.title
+
+    def table(self, scale: str, states: list[State]) -> tables.Table:
+        title, notes = self.title_of(scale), [*self.notes, *self.scales[scale].notes]
+        return tables.make(self.name, scale, title, self.columns, states, notes)
+
 
 def read(name: str) -> Definition:
     """The table ``name`` of configs/table/.
@@ -180,7 +187,7 @@ def do_missing(cells: list[Cell], options: argparse.Namespace) -> tuple[list[Sta
             if seconds_at_start is None and seconds is not None:
                 seconds_at_start, started = seconds, time.monotonic()
             for runs in _grouped(todo, options)[: jobs.num_free]:
-                num_done = len(attempted) - jobs.num_running
+                num_done = len(attempted - {str(run) for run in missing})
                 bar = tqdm.format_meter(
                     num_done, num_runs, 0, bar_format="{bar:30} {n_fmt} of {total_fmt} runs"
                 )
@@ -294,19 +301,16 @@ def arguments(given: list[str]) -> argparse.Namespace:
 def make_table(options: argparse.Namespace) -> None:
     definition = read(options.table)
     require_choice("SCALE", options.scale, *definition.scales)
-    of_scale = definition.scales[options.scale]
-    title = of_scale.title or definition.title
     cells = definition.cells(options.scale, options.hardware)
     found = records.load(options.results_dir)
-    print(f"{title} ({options.scale} scale)")
+    print(f"{definition.title_of(options.scale)} ({options.scale} scale)")
     print_plan(states_of(cells, found, options.fresh), found)
     if options.dry:
         return
     states, failed = do_missing(cells, options)
     if all(not state.tried for state in states):
         raise ExperimentError(f"{options.table}: no run has a record, so no table was written")
-    notes = [*definition.notes, *of_scale.notes]
-    table = tables.make(definition.name, options.scale, title, definition.columns, states, notes)
+    table = definition.table(options.scale, states)
     paths = tables.write(table, options.results_dir)
     print(
         "\n" + formats.terminal(table.head(), table.lines()) + "\n\n" + "\n".join(map(str, paths))

@@ -32,6 +32,7 @@ from ffcv.types import (
 from PIL import Image
 from tqdm import tqdm
 
+from experiments import atomic
 from experiments.data.images import Images
 from experiments.errors import ExperimentError, require, require_positive
 
@@ -103,12 +104,14 @@ def write(images: Images, path: Path, storage: Storage, num_workers: int) -> Non
     Where another process writes it, waits for that one.
 
     Raises:
-        ExperimentError: an image cannot be decoded or is too large; what is written is kept.
+        ExperimentError: an image cannot be decoded or is too large, or the disk is full; what is
+            written is kept.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_name(f".{path.name}.lock")):
-        if not path.exists():
-            _write(images, path, storage, num_workers)
+    with atomic.explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_name(f".{path.name}.lock")):
+            if not path.exists():
+                _write(images, path, storage, num_workers)
 
 
 @contextmanager
@@ -129,6 +132,7 @@ def _write(images: Images, path: Path, storage: Storage, num_workers: int) -> No
         sampler=range(len(rows), len(images)),
         num_workers=num_workers,
         collate_fn=list,
+        generator=torch.Generator(),  # else it would draw from the one that draws the weights
     )
     bar = tqdm(
         desc=f"writing {path.name}",

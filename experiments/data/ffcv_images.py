@@ -29,7 +29,6 @@ from torch import Tensor
 
 from experiments.config import ImageConfig
 from experiments.data.images import draw_of, num_images_in
-from experiments.errors import ExperimentError
 
 # FFCV hands its decoders the numbers of the images to read, and nothing else. In training the draw
 # of run and epoch rides in the upper 32 bits of such a number, so that crops can depend on it.
@@ -174,17 +173,6 @@ class OrderedLoader(Loader):
         if num_read < len(numbers):
             raise RuntimeError(f"FFCV stopped after {num_read} of {len(numbers)} images, see above")
 
-    def generate_code(self) -> None:
-        self.graph.collect_requirements()
-        for node in self.graph.nodes:
-            if node.parent is not None and node.is_jitted and not node.parent.is_jitted:
-                raise ExperimentError(
-                    f"FFCV pipeline: {type(node.operation).__name__} is compiled and stands behind "
-                    f"{type(node.parent.operation).__name__}, which is not; FFCV would never come "
-                    "to an end with that: move it before ToTensor"
-                )
-        super().generate_code()
-
 
 class FFCVLoader:
     """One split, read from a .beton file; see `experiments.data.images.ImageLoader`.
@@ -229,6 +217,7 @@ class FFCVLoader:
                 batch_size,
                 num_workers=min(torch.get_num_threads(), num_cores),
                 drop_last=False,
+                # Nothing that FFCV compiles may stand behind ToTensor: it would never end.
                 pipelines={
                     "image": [decoder, ToTensor(), *to_device, ToTorchImage()],
                     "label": [_Label(), ToTensor(), *to_device],

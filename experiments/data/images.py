@@ -24,7 +24,7 @@ from torch import Tensor
 from experiments import hub
 from experiments.config import DatasetConfig, ImageConfig
 from experiments.data.generated_images import Patterns
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, reason
 
 if TYPE_CHECKING:
     import datasets
@@ -102,14 +102,14 @@ def find(config: DatasetConfig, name: str) -> Split:
     try:
         rows = hub.load_dataset(str(config.hub_id), config.hub_config, split=name)
     except OSError as error:
-        reason = str(error).splitlines()[0]
+        why = reason(error)
         if config.source == "auto":
             print(
-                f"data: the hub has no {config.hub_id} for us ({reason}); "
+                f"data: the hub has no {config.hub_id} for us ({why}); "
                 "training on generated patterns instead"
             )
             return Split(name, "generated", _generated(config, name))
-        raise config.not_found(reason) from error
+        raise config.not_found(why) from error
     identity = f"hub {config.hub_id} {name} {len(rows)}"
     return Split(name, "hub", _Rows(rows, config, str(config.hub_id), identity))
 

@@ -16,7 +16,7 @@ from typing import Any
 from experiments import atomic, hub
 from experiments.config import DatasetConfig
 from experiments.data import choices, sentence_pairs, word_problems
-from experiments.errors import ExperimentError, require
+from experiments.errors import ExperimentError, reason, require
 
 Row = dict[str, Any]
 _TYPES: dict[str, type] = {"str": str, "int": int, "list": list, "dict": dict}
@@ -88,14 +88,14 @@ def _find(config: DatasetConfig) -> tuple[str, Path]:
     try:
         return "hub", _exported_from_hub(config)
     except OSError as error:
-        reason = str(error).splitlines()[0]
+        why = reason(error)
         if config.source == "auto" and config.name in _GENERATORS:
             print(
-                f"data: {config.hub_id or config.name} is not to be had from the hub ({reason}); "
+                f"data: {config.hub_id or config.name} is not to be had from the hub ({why}); "
                 "taking generated rows of the same format instead"
             )
             return "generated", _generated(config)
-        raise config.not_found(reason) from error
+        raise config.not_found(why) from error
 
 
 def _exported_from_hub(config: DatasetConfig) -> Path:

@@ -17,7 +17,6 @@ _NOT_COMPARED = {
     "dry_run",
     "force",
     "hardware",
-    "is_local",
     "learning_rates",
     "logger",
     "results_dir",

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import atomic, hub, records
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, reason
 
 STUDIES = ("rosenbrock", "convergence", "ablations", "compressor", "galore_error")
 
@@ -108,8 +108,8 @@ def _settings(name: str, study: ModuleType, changes: list[str]) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(study.Settings), changed))
     except OmegaConfBaseException as error:
         known = ", ".join(field.name for field in dataclasses.fields(study.Settings))
-        reason = str(error).splitlines()[0]
-        raise ExperimentError(f"{' '.join(changes)}: {reason}; {name} knows {known}") from error
+        message = f"{' '.join(changes)}: {reason(error)}; {name} knows {known}"
+        raise ExperimentError(message) from error
 
 
 def _overview() -> str:

@@ -28,6 +28,7 @@ from experiments.studies.finetuning import load
 from experiments.studies.galore_error import error_feedback
 from experiments.studies.variant import pad_to_buckets, round_trip
 from microadam import MicroAdam, reference
+from microadam.distributed import layout_of
 from microadam.layout import BlockLayout
 
 BITS = 4
@@ -72,13 +73,7 @@ def measure(model: nn.Module, optimizer: MicroAdam) -> dict[str, dict[str, float
         gradient = p.grad.view(-1)
         feedback = error_feedback(optimizer, p) if optimizer.state[p] else 0.0
         group = optimizer.param_groups[0]
-        layout = BlockLayout.of(
-            p.numel(),
-            group["window_size"],
-            group["density"],
-            group["bucket_size"],
-            group["block_size"],
-        )
+        layout = layout_of(p.numel(), group)
         for part, value in squares(gradient, gradient + feedback, layout):
             sums[kind_of(name, p)][part] += value
             sums["all"][part] += value

@@ -110,8 +110,6 @@ def error_feedback(optimizer: MicroAdam, p: Tensor) -> Tensor:
     """What the optimizer will add to the next gradient of ``p``: float32 ``(numel,)``."""
     state = optimizer.state[p]
     num_buckets = state["error_min"].numel()
-    if not num_buckets:
-        return torch.zeros(p.numel())
     codes = state["error"].view(num_buckets, -1)
     buckets = reference.dequantize(codes, state["error_min"], state["error_max"])
     return buckets.view(-1)[: p.numel()]

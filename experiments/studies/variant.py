@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from experiments.parameterwise import ParameterwiseOptimizer
-from microadam import reference
+from microadam import distributed, reference
 from microadam.layout import BlockLayout, Segment
 
 
@@ -104,13 +104,8 @@ class MicroAdamVariant(ParameterwiseOptimizer):
 
 
 def layout_of(param: Tensor, group: dict[str, Any]) -> BlockLayout:
-    return BlockLayout.of(
-        param.numel(),
-        group["window_size"] or 1,
-        group["density"],
-        group["bucket_size"],
-        group["block_size"],
-    )
+    window_size = group["window_size"] or 1
+    return distributed.layout_of(param.numel(), group | {"window_size": window_size})
 
 
 def round_trip(residual: Tensor, bits: int, is_stochastic: bool = False) -> Tensor:

@@ -119,6 +119,14 @@ def chosen(config: RunConfig) -> type[Task]:
         dataset.name,
         f"task={name} needs the columns {', '.join(task.columns)}; choose dataset={name}",
     )
+    num_needed = 1 if dataset.num_held_out is not None else 2
+    require(
+        dataset.splits[:1] == ["train"] and len(dataset.splits) >= num_needed,
+        "dataset.splits",
+        dataset.splits,
+        "must be train and, unless dataset.num_held_out says how many of its rows to hold out, "
+        "one to test on",
+    )
     require(
         task.uses_harness or not (evaluation.protocol or evaluation.harness),
         "evaluation",

@@ -170,13 +170,13 @@ class CausalLM(Task):
         self._hardware = hardware
         data = text.load(config.dataset)
         self.data_source = data.source
+        remedy = "there is no split test: hold some rows out"
+        require("test" in data.rows, "dataset.num_held_out", config.dataset.num_held_out, remedy)
         self._harness = Harness(config.evaluation, config.seed)
         loaded = models.load_causal_lm(config.model)
         self._tokenizer = loaded.tokenizer
         self.model = loaded.model.to(hardware.device, hardware.param_dtype)
         self.model_source = loaded.source
-        remedy = "there is no split test: hold some rows out"
-        require("test" in data.rows, "dataset.num_held_out", config.dataset.num_held_out, remedy)
         self._train = self._encode(data.rows["train"])
         self._test = self._encode(data.rows["test"])
         for kind, examples in (("training", self._train), ("held-out", self._test)):

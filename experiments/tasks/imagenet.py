@@ -18,7 +18,7 @@ from experiments.config import DatasetConfig, ImageConfig, RunConfig
 from experiments.data import images
 from experiments.data.order import DataOrder, num_steps
 from experiments.errors import ExperimentError
-from experiments.hardware import Hardware
+from experiments.hardware import Hardware, resolve_precision
 from experiments.tasks import Task
 from experiments.tasks.classification import accuracy
 
@@ -50,7 +50,7 @@ class ImageNet(Task):
         self._config = config
         self._hardware = hardware
         self._recipe = _recipe(config)
-        train, test = (images.find(config.dataset, name) for name in config.dataset.splits)
+        train, test = (images.find(config.dataset, name) for name in config.dataset.splits[:2])
         device = hardware.device
         self._train, self._test = (
             images.open_loader(config.dataset, split, self._recipe, config.seed, device)
@@ -142,7 +142,7 @@ class ImageNet(Task):
         recipe = _recipe(config)
         size = config.forward_batch_size
         side = max(recipe.first_resolution, recipe.last_resolution)
-        dtype = torch.bfloat16 if config.hardware.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if resolve_precision(config.hardware) == "bf16" else torch.float32
         shape = torch.empty(size, 3, side, side, dtype=dtype, device="meta")
         labels = torch.zeros(size, dtype=torch.int64, device="meta")
         return Batch(shape.to(memory_format=torch.channels_last), labels, recipe.label_smoothing)

@@ -53,6 +53,8 @@ def execute_on_rank(config: RunConfig, killed_at: int | None = None) -> int:
         execute(config)
     except SystemExit as end:
         return int(end.code or 0)
+    except KeyboardInterrupt:
+        return 130  # as run.py
     return 0
 
 
@@ -110,8 +112,8 @@ def test_mixed_precision_on_shards_is_that_of_one_process(
     assert losses(sharded) == pytest.approx(losses(alone), rel=1e-2)
 
 
-def interrupted_rank(config: RunConfig) -> int:
-    """Rank 1 alone is told to stop, in its third step."""
+def interrupted_rank(config: RunConfig, number: int, ranks: str) -> int:
+    """Some ranks get a signal in their third step."""
     from experiments import training
 
     step, num_calls = training._step, 0
@@ -119,8 +121,8 @@ def interrupted_rank(config: RunConfig) -> int:
     def step_and_signal(*arguments: Any) -> dict[str, Any]:
         nonlocal num_calls
         num_calls += 1
-        if num_calls == 3 and os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if num_calls == 3 and os.environ["RANK"] in ranks:
+            os.kill(os.getpid(), number)
         return step(*arguments)
 
     training._step = step_and_signal
@@ -128,13 +130,32 @@ def interrupted_rank(config: RunConfig) -> int:
 
 
 @pytest.mark.distributed
-def test_a_signal_to_one_process_stops_all_behind_the_same_checkpoint(
-    composed: Compose, quick: tuple[str, ...]
+@pytest.mark.parametrize(
+    ("number", "ranks", "codes"),
+    [(signal.SIGTERM, "1", [75, 75]), (signal.SIGINT, "01", [130, 130])],
+)
+def test_a_signal_stops_all_processes_behind_the_same_checkpoint(
+    composed: Compose, quick: tuple[str, ...], number: int, ranks: str, codes: list[int]
 ) -> None:
+    """A cluster's to one of them, as Ctrl-C, which all get."""
     config = composed(*quick, "training.checkpoint_every_steps=100")
-    assert run_on_ranks(2, interrupted_rank, config) == [75, 75]
+    assert run_on_ranks(2, interrupted_rank, config, number, ranks) == codes
     assert len(losses(config)) == 3
     assert [p.name for p in RunFolder(config).checkpoints.iterdir()] == ["step-00000003.pt"]
+
+
+def test_a_sweep_in_several_processes_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "run.py"), "--multirun", *SHORT, "seed=1,2"]
+    done = subprocess.run(
+        [*command, f"results_dir={tmp_path}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"WORLD_SIZE": "2", "RANK": "0"},
+    )
+    assert done.returncode == 2
+    assert "start torchrun once for each job" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def run_py_on_rank(arguments: list[str], folder: Path) -> int:

@@ -204,24 +204,6 @@ def test_of_whole_images_half_are_flipped(make: Make) -> None:
 # FFCV
 
 
-def test_a_pipeline_that_ffcv_would_compile_for_ever_is_refused(tmp_path: Path) -> None:
-    """With NormalizeImage behind ToTensor, FFCV's grouping of stages never ends."""
-    pytest.importorskip("ffcv", reason="FFCV is not installed")
-    from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
-    from ffcv.transforms import NormalizeImage, ToTensor
-
-    from experiments.data.ffcv_images import OrderedLoader
-
-    _ffcv(tmp_path, RECIPE, 0)
-    centre = CenterCropRGBImageDecoder((32, 32), ratio=1.0)
-    normalize = NormalizeImage(np.zeros(3), np.ones(3), np.float32)
-    path = str(tmp_path / "patterns.beton")
-    with pytest.raises(
-        ExperimentError, match="NormalizeImage is compiled and stands behind ToTens"
-    ):
-        OrderedLoader(path, 4, num_workers=1, pipelines={"image": [centre, ToTensor(), normalize]})
-
-
 def test_a_failure_in_ffcvs_thread_ends_the_iteration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

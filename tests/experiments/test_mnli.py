@@ -303,6 +303,9 @@ def test_an_encoder_from_an_onnx_file_gives_what_the_file_gives(
     package = importlib.util.find_spec(config.package)
     if package is None or package.submodule_search_locations is None:
         pytest.fail(f"{config.package} is not installed; run make setup")
+    before = torch.get_rng_state()
+    pretrained.locate(config)
+    assert torch.equal(torch.get_rng_state(), before)  # the new head is that of later runs
     loaded = models.load_classifier(config, LABELS)
     assert sum(p.numel() for p in loaded.model.parameters()) == 17_390_979
     batch = _batch(loaded, PAIRS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
+import math
 import sys
 from dataclasses import replace
 from typing import Any
@@ -345,6 +346,15 @@ def test_galore_is_algorithm_2(shape: tuple[int, int]) -> None:
         np.testing.assert_allclose(projection, judge.projection, atol=1e-5)
         weight = judge.weight.T if is_tall else judge.weight
         np.testing.assert_allclose(p.detach().numpy(), weight, atol=1e-5)
+
+
+def test_galore_passes_on_a_gradient_that_is_not_finite() -> None:
+    """So that the next loss tells; the decomposition would raise."""
+    p = nn.Parameter(torch.ones(8, 8))
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 2}], lr=0.1)
+    p.grad = torch.full_like(p, math.nan)
+    optimizer.step()
+    assert p.isnan().all()
 
 
 def test_galore_without_a_rank_is_adamw() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import platform
 import resource
@@ -17,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import activations, checkpoints, status
+from experiments import activations, checkpoints, status, training
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
 from experiments.records import RunFolder
 from experiments.runner import _curve, execute
+from experiments.tasks.causal_lm import CausalLM
 from tests.experiments.helpers import ROOT, SHORT, Compose, outcome, without_clocks
 
 
@@ -195,6 +197,30 @@ def test_a_run_whose_loss_is_not_finite_leaves_a_record_of_that_and_is_not_repea
     assert json.loads(path.read_text()) == record
 
 
+def test_a_run_that_breaks_in_its_last_step_has_diverged(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No training loss comes after that step; the evaluation is not finite."""
+    step, steps = training._step, itertools.count(1)
+
+    def step_and_break(setup: training.Setup, *arguments: Any) -> dict[str, Any]:
+        metrics = step(setup, *arguments)
+        if next(steps) == 2:
+            with torch.no_grad():
+                next(setup.task.model.parameters()).fill_(math.nan)
+        return metrics
+
+    monkeypatch.setattr(training, "_step", step_and_break)
+    config = composed(*SHORT, "training.max_steps=2", "training.save_model=true")
+    execute(config)
+    (path,) = Path(config.results_dir, "records").glob("*.json")
+    record = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert record["status"] == "diverged"
+    assert record["curve"]["step"] == [1, 2]
+    assert not any(name.startswith("eval/") for name in record["metrics"])
+    assert not RunFolder(config).model.exists()
+
+
 @pytest.mark.parametrize(("num_steps", "num_points"), [(8, 8), (250, 125), (1001, 167)])
 def test_the_curve_in_a_record_is_short_and_loses_no_step(num_steps: int, num_points: int) -> None:
     losses = [1 / (step + 1) for step in range(num_steps)]
@@ -219,7 +245,7 @@ def test_overlong_examples_are_counted_not_cut(composed: Compose) -> None:
 
 def test_data_without_a_split_to_evaluate_on_is_refused(composed: Compose) -> None:
     config = composed(*SHORT, "task=open_platypus", "dataset.num_held_out=null")
-    with pytest.raises(ExperimentError, match=r"num_held_out=None: there is no split test"):
+    with pytest.raises(ExperimentError, match=r"dataset\.splits=\['train'\]: must be train and"):
         execute(config)
 
 
@@ -305,7 +331,7 @@ def test_wandb_without_a_key_is_refused_with_the_remedy(
 def test_results_that_cannot_be_written_are_refused(composed: Compose) -> None:
     config = composed(*SHORT)
     Path(config.results_dir).write_text("a file")
-    with pytest.raises(ExperimentError, match=r"could not be written .*set results_dir"):
+    with pytest.raises(ExperimentError, match=r"could not be written .*choose another folder"):
         execute(config)
 
 
@@ -317,18 +343,28 @@ def test_the_status_of_a_folder_that_is_not_there_is_an_error(
     assert "none: there is no such folder" in capsys.readouterr().err
 
 
-def test_the_saved_model_is_the_trained_one(composed: Compose) -> None:
+def test_the_saved_model_is_the_trained_one(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM
 
+    trained: dict[str, torch.Tensor] = {}
+    evaluate = CausalLM.evaluate
+
+    def evaluate_and_keep(task: CausalLM) -> dict[str, Any]:
+        trained.update({name: p.detach().clone() for name, p in task.model.named_parameters()})
+        return evaluate(task)
+
+    monkeypatch.setattr(CausalLM, "evaluate", evaluate_and_keep)  # the last time after training
     config = composed(*SHORT, "training.max_steps=2", "training.save_model=true")
+    folder = RunFolder(config).path
+    left_over = folder / ".model.killed.partial"
+    left_over.mkdir(parents=True)
     execute(config)
     saved = AutoModelForCausalLM.from_pretrained(RunFolder(config).model)
-    torch.manual_seed(config.seed)
-    fresh = AutoModelForCausalLM.from_config(saved.config)
-    moved = [
-        not torch.equal(p, q) for p, q in zip(saved.parameters(), fresh.parameters(), strict=True)
-    ]
-    assert all(moved)
+    for name, p in saved.named_parameters():
+        assert torch.equal(p, trained[name]), name
+    assert not left_over.exists()
     assert not list(RunFolder(config).checkpoints.glob("*.pt"))
 
 

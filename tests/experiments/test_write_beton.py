@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from experiments.errors import ExperimentError
@@ -111,6 +115,33 @@ def test_an_interrupted_file_is_gone_on_with(tmp_path: Path, torn: str) -> None:
     assert 0 < min(mended.read) < 40
     assert path.read_bytes() == (tmp_path / "whole.beton").read_bytes()
     assert not list(tmp_path.glob(".noise.beton.[jp]*"))
+
+
+def test_a_full_disk_is_told_and_the_file_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "noise.beton"
+    sync, num_syncs = beton._sync, itertools.count()
+
+    def sync_until_full(file: IO[bytes]) -> None:
+        if next(num_syncs) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    monkeypatch.setattr(beton, "_sync", sync_until_full)
+    with pytest.raises(ExperimentError, match=r"noise\.beton: could not be written \(No space"):
+        beton.write(Noise(), path, PIXELS, num_workers=0)
+    mended = Noise()
+    beton.write(mended, path, PIXELS, num_workers=0)
+    assert 0 < min(mended.read) < 40
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_writing_draws_nothing_from_torchs_generator(tmp_path: Path, num_workers: int) -> None:
+    """A model that is drawn next has the same weights whether the file was there or not."""
+    before = torch.get_rng_state()
+    beton.write(Noise(), tmp_path / "noise.beton", PIXELS, num_workers)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_other_settings_or_images_start_anew(tmp_path: Path) -> None:
