@@ -31,14 +31,14 @@ demo: setup  ## fine-tune a small language model with MicroAdam and report what 
 
 table1: setup  ## MNLI: the runs that are missing, then results/table1.{md,csv,tex}
 table2: setup  ## GSM8K, likewise
-table3: setup  ## Open-Platypus, likewise
+table3: setup  ## Open-Platypus, at mini scale other instructions, likewise
 table4: setup  ## ImageNet, at mini scale CIFAR-10, likewise
 table1 table2 table3 table4:
 	$(BIN)/python -m scripts.table $@ --scale $(SCALE) --hardware $(HARDWARE) \
 	  $(if $(JOBS),--jobs $(JOBS)) $(if $(LAUNCHER),--launcher $(LAUNCHER)) $(if $(filter-out 0,$(DRY)),--dry) \
 	  $(if $(filter-out 0,$(FRESH)),--fresh $(filter-out 1,$(FRESH)))
 
-memory-table: setup  ## memory of the paper's models with every optimizer: planned, and measured where a GPU did
+memory-table: setup  ## memory of the paper's models with eight optimizers: planned, and measured where a GPU did
 	$(BIN)/python -m scripts.memory_plan
 	$(BIN)/python -m experiments.report memory
 

@@ -35,13 +35,14 @@ class MicroAdam(Optimizer):
     Each step adds the error feedback to the gradient, keeps the largest 1% of every block in a
     window of the last 10 such sparse gradients, and stores the rest in 4 bits as the next error
     feedback. Adam's two moments are computed from the window alone (Algorithm 1 of
-    arXiv:2405.15593). Only coordinates in the window move, unless ``alpha`` makes all move.
+    arXiv:2405.15593). Only coordinates in the window move, unless ``alpha`` or
+    ``weight_decay`` makes all move.
 
     Args:
         params: parameters or parameter groups; float32, bfloat16 or float16, any memory format and
             device, sharded (DTensors, as FSDP2 makes them) or not. A group may set every argument
             below for itself.
-        lr: learning rate; a float or a scalar tensor.
+        lr: learning rate; a float, or a float32 or float64 tensor of one element.
         betas: decay rates of the first and second moment.
         eps: added to the denominator; a normal float32 number, so greater than 0.
         weight_decay: decoupled weight decay, ``p *= 1 - lr * weight_decay``.
@@ -51,20 +52,23 @@ class MicroAdam(Optimizer):
             not of the paper.
         window_size: sparse gradients kept (paper: m).
         density: share of every block kept a step (paper: k/d).
-        bucket_size: elements that share one range of the 4-bit error feedback.
-        block_size: elements among which the largest are chosen; a multiple of ``bucket_size``.
+        bucket_size: elements that share one range of the 4-bit error feedback; even.
+        block_size: elements among which the largest are chosen; a multiple of ``bucket_size``, at
+            most 32,768.
         stochastic_rounding: round 16-bit parameters stochastically instead of to nearest.
         seed: seed of the stochastic rounding.
         unscales: ``GradScaler`` leaves it to the step to divide by its scale and to heed
             infinities, which saves a pass over the gradients and a wait for the GPU; as with
             ``AdamW(fused=True)``, Lightning then refuses to clip.
 
-    A block whose gradient holds a NaN or an Inf is left as it was for that step: parameters,
-    window and error feedback. `num_skipped_blocks` counts them.
+    A block whose gradient, error feedback added, holds a NaN, an Inf or a magnitude of about 1.3e36
+    (2^120 - 2^111) or more is left as it was for that step: parameters, window and error feedback.
+    `num_skipped_blocks` counts them.
 
     Raises:
         ValueError: a hyperparameter is out of its range, a parameter's dtype is not supported, or a
-            parameter appears twice.
+            parameter appears twice; from `step`, a parameter is not as its state was made: moved to
+            another device, in another memory format, or of a group with another layout.
         RuntimeError: from `step`, a gradient is sparse or complex, or a CUDA graph captures a
             parameter's first step.
 

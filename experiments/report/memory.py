@@ -17,6 +17,12 @@ PARTS = ("param", "grad", "state", "activation")  # of the planned peak, each wi
 
 HEAD = ["model", "optimizer", "bytes a parameter", "state", "planned peak", "measured peak"]
 
+_DTYPES = {
+    "bf16": "bfloat16",
+    "bf16_amp": "float32 with autocast to bfloat16",
+    "fp32": "float32",
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -59,12 +65,15 @@ class MemoryTable:
     def caption(self) -> str:
         machines = {row.measured.machine for row in self.rows if row.measured is not None}
         hardware = self.rows[0].plan["config"]["hardware"]
+        dtypes = {model: _DTYPES[rows[0].plan["precision"]] for model, rows in self.by_model()}
+        parameters = "; ".join(
+            f"of {', '.join(m for m in dtypes if dtypes[m] == dtype)} in {dtype}"
+            for dtype in dict.fromkeys(dtypes.values())
+        )
         return (
             "Planned from the architectures, before any run: parameters, gradients, optimizer "
             "state and the activations of one micro-batch of full length, taken to be alive "
-            f"together. Setting: {hardware['name']}; parameters "
-            + ", ".join(sorted({row.plan["precision"] for row in self.rows}))
-            + ". "
+            f"together. Setting: {hardware['name']}; parameters {parameters}. "
             + (
                 f"Measured, the most allocated: {'; '.join(sorted(machines))}."
                 if machines

@@ -136,3 +136,21 @@ def test_the_planned_activations_are_those_of_the_same_step_on_real_tensors(
     with live:
         causal_lm.loss_sum(model, batch).backward()
     assert planned == pytest.approx(live.peak_bytes, rel=0.1)
+
+
+def test_images_are_planned_in_the_precision_that_the_machine_takes(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images in float32 would make all activations of a model in bfloat16 so."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    choice = ("task=imagenet", "scale=smoke")
+    given = planning.make(composed(*choice, "hardware.precision=bf16"))
+    assert planning.make(composed(*choice)).peak_bytes == given.peak_bytes
+
+
+def test_splits_that_leave_nothing_to_train_or_test_on_are_refused(composed: Compose) -> None:
+    for splits in ("[test]", "[train]", "[]"):
+        for task in ("mnli", "imagenet", "gsm8k"):
+            config = composed(f"task={task}", "scale=smoke", f"dataset.splits={splits}")
+            with pytest.raises(ExperimentError, match=r"dataset\.splits=.*: must be train and"):
+                planning.make(config)

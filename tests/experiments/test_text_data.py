@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 
 from experiments.config import DatasetConfig
@@ -72,6 +73,24 @@ def test_without_a_hub_the_problems_are_generated_and_it_is_said(
     assert (len(data.rows["train"]), len(data.rows["test"])) == (7473, 1319)
     assert "openai/gsm8k" in capsys.readouterr().out
     assert set(data.rows["test"][0]) == {"question", "answer"}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (datasets.exceptions.DatasetGenerationError("no room"), "no room"),
+        (TimeoutError(), "Timeout"),
+    ],
+)
+def test_what_keeps_the_hubs_rows_from_us_is_told(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ExperimentError, match=f"gsm8k.*{reason}"):
+        text.load(_config(source="hub"))
 
 
 def test_the_same_rows_are_generated_again() -> None:
