@@ -202,7 +202,7 @@ class MicroAdam(Optimizer):
         cache = self._caches.get(p) if "step" in state else None
         if cache is None or cache.layout is not layout or cache.device != p.device:
             cache = self._prepare(p, layout, state, flat.dims)
-        if cache.dims != flat.dims:
+        if state.get("storage_order") != flat.dims:
             raise ValueError(
                 f"parameter {ordinal} has another memory format than at its first step, in whose "
                 "order its state lies: choose formats before the first step, or create a new "
@@ -213,6 +213,9 @@ class MicroAdam(Optimizer):
     def _step_batch(self, group: dict[str, Any], batch: list[_Item]) -> None:
         device = batch[0].param.device
         lr = group["lr"]
+        is_compiling = torch.compiler.is_compiling()
+        if isinstance(lr, Tensor) and lr.is_cpu and device.type != "cpu" and not is_compiling:
+            lr = lr.item()  # a copy to the device would be waited for
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         ops.step_(
@@ -289,7 +292,7 @@ class MicroAdam(Optimizer):
                     "taken a step; create a new optimizer"
                 )
         thresholds = torch.zeros(layout.num_blocks, dtype=torch.float32, device=p.device)
-        self._caches[p] = _Cache(layout, p.device, state.get("storage_order"), thresholds)
+        self._caches[p] = _Cache(layout, p.device, thresholds)
         return self._caches[p]
 
     def _skipped_blocks_on(self, device: torch.device) -> Tensor:
@@ -406,7 +409,6 @@ class _Cache(NamedTuple):
 
     layout: BlockLayout  # that its state is known to fit
     device: torch.device
-    dims: list[int] | None  # the order that the state counts in: see _StorageOrder
     thresholds: Tensor  # of the native kernels: see StepArguments
 
 

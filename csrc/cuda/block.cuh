@@ -26,8 +26,9 @@ constexpr int kRegisterBucket = 64;
 constexpr int kMaxBlockSize = 32768;
 constexpr int kMaxWords = kMaxBlockSize / 32;  // of a bitmap with one bit an element
 constexpr int kMaxCandidates = kThreads;
-constexpr int kMomentChunk = 4096;  // coordinates whose moments are summed at a time
-constexpr int kMaxStaged = 512;     // window entries kept in shared memory
+constexpr int kMomentChunk = 4096;   // coordinates whose moments are summed at a time
+constexpr int kStagedPerThread = 2;  // window entries kept in shared memory
+constexpr int kMaxStaged = kStagedPerThread * kThreads;
 
 struct Entry {
   int16_t index;
@@ -73,21 +74,26 @@ struct Block {
   int index;
   int length;
   int k;
-  uint32_t step;  // this one included
+  uint32_t step;    // this one included
+  int newest_slot;  // of the window
 
   __device__ Block(const Settings& settings, const Parameter& parameter, int block_index)
-      : s(settings), p(parameter), index(block_index), step(static_cast<uint32_t>(*p.step)) {
+      : s(settings), p(parameter), index(block_index) {
     const int64_t rest = p.numel - first();
     const bool is_last = rest <= s.block_size;
     length = is_last ? static_cast<int>(rest) : s.block_size;
     k = is_last ? p.last_k : p.k;
   }
 
+  // Waits for memory: what can be fetched without knowing the step is asked for before.
+  __device__ void read_step() {
+    step = static_cast<uint32_t>(*p.step);
+    newest_slot = static_cast<int>((step - 1) % static_cast<uint32_t>(s.window_size));
+  }
+
   // Index of its first element in the parameter.
   __device__ int64_t first() const { return int64_t{index} * s.block_size; }
-  __device__ int64_t first_bucket() const {
-    return int64_t{index} * (s.block_size / s.bucket_size);
-  }
+  __device__ int64_t first_bucket() const { return int64_t{index} * s.buckets_per_block; }
   __device__ uint8_t* error() const { return p.error + int64_t{index} * (s.block_size / 2); }
   __device__ BFloat16* error_min() const { return p.error_min + first_bucket(); }
   __device__ BFloat16* error_max() const { return p.error_max + first_bucket(); }
@@ -106,9 +112,6 @@ struct Block {
   __device__ int num_slots() const {  // filled, this step's included
     return static_cast<int>(min(step, static_cast<uint32_t>(s.window_size)));
   }
-  __device__ int newest_slot() const {
-    return static_cast<int>((step - 1) % static_cast<uint32_t>(s.window_size));
-  }
   // A slot of the window has room for the entries of the longest block, p.k.
   __device__ int64_t entry(int slot, int j) const {
     return int64_t{index} * (s.window_size * p.k) + (slot * p.k + j);
@@ -119,20 +122,31 @@ struct Block {
 // its first half and the run of its second half whose codes lie in the same bytes.
 class RegisterBlock {
  public:
-  __device__ RegisterBlock(const Block& block, float inv_scale)
+  // Asks for gradient and error feedback.
+  __device__ explicit RegisterBlock(const Block& block)
       : block_(block), bucket_(threadIdx.x / 4), quarter_(threadIdx.x % 4) {
+    const bool is_grad_aligned = is_aligned(block.p.grad, 16);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      load_run(block.s.grad_dtype, block.p.grad, block.first() + index_of(half), values_[half]);
+      const int64_t first = block.first() + index_of(half);
+      grad_[half] = is_grad_aligned ? fetch_run(block.s.grad_dtype, block.p.grad, first)
+                                    : fetch_unaligned_run(block.s.grad_dtype, block.p.grad, first);
     }
-    const uint2 codes = reinterpret_cast<const uint2*>(block.error())[threadIdx.x];
-    const float low = to_float(block.error_min()[bucket_]);
-    const float unit = quantization_unit(low, to_float(block.error_max()[bucket_]));
+    codes_ = reinterpret_cast<const uint2*>(block.error())[threadIdx.x];
+    error_min_ = block.error_min()[bucket_];
+    error_max_ = block.error_max()[bucket_];
+  }
+
+  // Makes the accumulator of them.
+  __device__ void accumulate(float inv_scale) {
+    const float low = to_float(error_min_);
+    const float unit = quantization_unit(low, to_float(error_max_));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      convert_run(block_.s.grad_dtype, grad_[half], values_[half]);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        const uint32_t code = ((i < 4 ? codes.x : codes.y) >> (8 * (i % 4) + 4 * half)) & 15u;
+        const uint32_t code = ((i < 4 ? codes_.x : codes_.y) >> (8 * (i % 4) + 4 * half)) & 15u;
         values_[half][i] = values_[half][i] * inv_scale + dequantize(code, low, unit);
       }
     }
@@ -229,19 +243,25 @@ class RegisterBlock {
   __device__ void apply(const float* updates, int, int, float decay, Rounding rounding) const {
     const Settings& s = block_.s;
     const int64_t first = block_.first();
+    Run runs[2];
+    bool changes[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float update[kRun], values[kRun];
+      float update[kRun];
+      load_updates(updates, half, update);
+      changes[half] = decay != 1.0f;
 #pragma unroll
-      for (int i = 0; i < kRun; i += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(updates + index_of(half) + i);
-        update[i] = four.x, update[i + 1] = four.y, update[i + 2] = four.z, update[i + 3] = four.w;
+      for (float u : update) changes[half] |= u != 0.0f;
+      if (changes[half]) {
+        runs[half] = fetch_run(s.param_dtype, block_.p.values, first + index_of(half));
       }
-      bool changes = decay != 1.0f;
+    }
 #pragma unroll
-      for (float u : update) changes |= u != 0.0f;
-      if (!changes) continue;
-      load_run(s.param_dtype, block_.p.values, first + index_of(half), values);
+    for (int half = 0; half < 2; ++half) {
+      if (!changes[half]) continue;
+      float update[kRun], values[kRun];
+      load_updates(updates, half, update);  // again, rather than keep it in registers
+      convert_run(s.param_dtype, runs[half], values);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) values[i] = values[i] * decay - update[i];
       store_run(s.param_dtype, block_.p.values, first + index_of(half), values, rounding);
@@ -249,6 +269,14 @@ class RegisterBlock {
   }
 
  private:
+  __device__ void load_updates(const float* updates, int half, float (&out)[kRun]) const {
+#pragma unroll
+    for (int i = 0; i < kRun; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(updates + index_of(half) + i);
+      out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
+    }
+  }
+
   __device__ float value(int i) const { return values_[i / kRun][i % kRun]; }
 
   __device__ int index_of(int half) const {
@@ -258,14 +286,19 @@ class RegisterBlock {
   const Block& block_;
   int bucket_;
   int quarter_;
+  Run grad_[2];
+  uint2 codes_;  // of the error feedback, with their bucket's range
+  BFloat16 error_min_;
+  BFloat16 error_max_;
   float values_[2][kRun];  // the accumulator, then the residual
 };
 
 // A block of any length with buckets of any size. Nothing is kept: every pass reads it again.
 class MemoryBlock {
  public:
-  __device__ MemoryBlock(const Block& block, float inv_scale)
-      : block_(block), inv_scale_(inv_scale) {}
+  __device__ explicit MemoryBlock(const Block& block) : block_(block) {}
+
+  __device__ void accumulate(float inv_scale) { inv_scale_ = inv_scale; }
 
   __device__ bool is_finite() const {
     uint32_t largest = 0;
@@ -365,7 +398,7 @@ class MemoryBlock {
   __device__ float residual(int i) const { return is_selected(i) ? 0.0f : accumulator(i); }
 
   const Block& block_;
-  float inv_scale_;
+  float inv_scale_ = 1.0f;
   const uint32_t* selected_ = nullptr;
 };
 

@@ -69,15 +69,21 @@ __device__ int64_t window_position(const Block& block, int e) {
   return block.entry(0, 0) + e + (gap == 0 ? 0 : e / block.k * gap);
 }
 
-// Copies the entries of the earlier steps to shared memory, as many as have room.
-__device__ void stage_window(const Block& block, Shared& shared) {
-  const int count = min(block.num_slots() * block.k, kMaxStaged);
-  const int newest = block.newest_slot() * block.k;
-  for (int e = threadIdx.x; e < count; e += kThreads) {
-    if (e >= newest && e < newest + block.k) continue;
+// What goes to shared memory: the first entries of the window, as many as have room. All slots, so
+// that nobody waits to hear which is the newest; that one is written over once it is known.
+__device__ void fetch_window(const Block& block, Entry (&own)[kStagedPerThread]) {
+#pragma unroll
+  for (int i = 0; i < kStagedPerThread; ++i) {
+    const int e = threadIdx.x + i * kThreads;
+    if (e >= block.s.window_size * block.k) continue;
     const int64_t position = window_position(block, e);
-    shared.staged[e] = {block.p.window_indices[position], block.p.window_values[position]};
+    own[i] = {block.p.window_indices[position], block.p.window_values[position]};
   }
+}
+
+__device__ void stage_window(const Entry (&own)[kStagedPerThread], Shared& shared) {
+#pragma unroll
+  for (int i = 0; i < kStagedPerThread; ++i) shared.staged[threadIdx.x + i * kThreads] = own[i];
 }
 
 __device__ Entry window_entry(const Block& block, const Shared& shared, int e) {
@@ -89,7 +95,7 @@ __device__ Entry window_entry(const Block& block, const Shared& shared, int e) {
 // Writes the updates of the elements [begin, end), at most kMomentChunk, into moments.first.
 __device__ void compute_updates(const Block& block, int begin, int end, Shared& shared) {
   const Settings& s = block.s;
-  const int num_slots = block.num_slots(), newest_slot = block.newest_slot();
+  const int num_slots = block.num_slots(), newest_slot = block.newest_slot;
   Moments& moments = shared.moments;
   const int size = end - begin;
   __syncthreads();  // what lay here before is not needed any more
@@ -136,22 +142,28 @@ __device__ void compute_updates(const Block& block, int begin, int end, Shared& 
 // Kernels
 
 template <class Elements>
-__device__ void step_block(const Block& block, Shared& shared) {
+__device__ void step_block(Block block, Shared& shared) {
   const Settings& s = block.s;
   if (threadIdx.x == 0) shared.num_candidates = 0, shared.kth = ~0u, shared.wanted = ~0u;
-  stage_window(block, shared);
-  Elements elements(block, inverse_scale(s.grad_scale));
+  // All that the first phase needs is asked for before any of it is used.
+  Entry own_entries[kStagedPerThread] = {};
+  fetch_window(block, own_entries);
+  const float guess = *block.threshold();
+  Elements elements(block);
+  block.read_step();
   compute_factors(s, block.step, shared);
+  stage_window(own_entries, shared);
+  elements.accumulate(inverse_scale(s.grad_scale));
   if (__syncthreads_or(!elements.is_finite())) {
     if (threadIdx.x == 0) atomicAdd(s.num_skipped_blocks, 1ull);
     return;
   }
 
-  const uint32_t kth = kth_magnitude(elements, block, shared);
+  const uint32_t kth = kth_magnitude(elements, block, guess, shared);
   elements.mark(kth, shared.selection);
   __syncthreads();
   select(block, shared);
-  const int newest_slot = block.newest_slot();
+  const int newest_slot = block.newest_slot;
   elements.take_selected(shared.selection, [&](int position, int index, float value) {
     const Entry entry = {static_cast<int16_t>(index), round_to<BFloat16>(value)};
     const int64_t target = block.entry(newest_slot, position);
@@ -197,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm)
   const Parameter& p = launch.parameters[parameter];
   const Block block(s, p, blockIdx.x - p.first_block);
   if (block.length == kRegisterBlock && s.bucket_size == kRegisterBucket &&
-      is_aligned(p.grad, 16) && is_aligned(p.values, 16) && is_aligned(p.error, 8)) {
+      is_aligned(p.values, 16) && is_aligned(p.error, 8)) {
     step_block<RegisterBlock>(block, shared);
   } else {
     step_memory_block(s, p, blockIdx.x - p.first_block, shared);

@@ -41,6 +41,7 @@ struct Settings {
   Dtype grad_dtype;
   int block_size;
   int bucket_size;
+  int buckets_per_block;
   int window_size;
   bool stochastic_rounding;
 };

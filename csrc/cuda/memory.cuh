@@ -30,33 +30,57 @@ struct Rounding {
 template <class T>
 constexpr int kWordsOfRun = kRun * sizeof(T) / sizeof(uint32_t);
 
-template <class T>
-__device__ void load_run(const void* values, int64_t first, float (&out)[kRun]) {
-  uint32_t words[kWordsOfRun<T>];
-  const uint4* source = reinterpret_cast<const uint4*>(static_cast<const T*>(values) + first);
+// A run as it lies in memory. It is fetched and converted in two calls, so that a thread waits for
+// all that it has asked for at once.
+struct Run {
+  uint32_t words[kRun];  // of 16-bit floats the first half
+};
+
+__device__ Run fetch_run(Dtype dtype, const void* values, int64_t first) {
+  const bool is_float32 = dtype == Dtype::kFloat32;
+  const char* begin = static_cast<const char*>(values) + first * (is_float32 ? 4 : 2);
+  const uint4* source = reinterpret_cast<const uint4*>(begin);
+  const uint4 low = source[0];
+  uint4 high = {0, 0, 0, 0};
+  if (is_float32) high = source[1];
+  return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+}
+
+// The same where the run does not begin at a multiple of 16 bytes.
+__device__ Run fetch_unaligned_run(Dtype dtype, const void* values, int64_t first) {
+  Run run = {};
 #pragma unroll
-  for (int i = 0; i < kWordsOfRun<T>; i += 4) {
-    const uint4 four = source[i / 4];
-    words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+  for (int i = 0; i < kRun; ++i) {
+    if (dtype == Dtype::kFloat32) {
+      run.words[i] = static_cast<const uint32_t*>(values)[first + i];
+    } else {
+      const uint32_t bits = static_cast<const uint16_t*>(values)[first + i];
+      run.words[i / 2] |= bits << (16 * (i % 2));
+    }
   }
+  return run;
+}
+
+template <class T>
+__device__ void convert_run(const Run& run, float (&out)[kRun]) {
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
     if constexpr (sizeof(T) == 4) {
-      out[i] = float_of(words[i]);
+      out[i] = float_of(run.words[i]);
     } else {
-      out[i] = to_float(T{static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)))});
+      out[i] = to_float(T{static_cast<uint16_t>(run.words[i / 2] >> (16 * (i % 2)))});
     }
   }
 }
 
-__device__ void load_run(Dtype dtype, const void* values, int64_t first, float (&out)[kRun]) {
+__device__ void convert_run(Dtype dtype, const Run& run, float (&out)[kRun]) {
   switch (dtype) {
     case Dtype::kBFloat16:
-      return load_run<BFloat16>(values, first, out);
+      return convert_run<BFloat16>(run, out);
     case Dtype::kFloat16:
-      return load_run<Float16>(values, first, out);
+      return convert_run<Float16>(run, out);
     default:
-      return load_run<float>(values, first, out);
+      return convert_run<float>(run, out);
   }
 }
 

@@ -22,11 +22,12 @@ __device__ int sum_over_block(int value, uint32_t* partial_sums) {
 // The guess of the last step usually leaves a few more than k candidates. Else bisection over the
 // bits finds a magnitude that does, or, where too many are equal, the k-th itself.
 template <class Elements>
-__device__ uint32_t kth_magnitude(const Elements& elements, const Block& block, Shared& shared) {
+__device__ uint32_t kth_magnitude(const Elements& elements, const Block& block, float guess,
+                                  Shared& shared) {
   const int k = block.k;
   uint32_t low = 0,
            high = bits_of(kMaxMagnitude);  // `low` is reached by k or more, `high` by fewer
-  uint32_t probe = min(max(magnitude_bits(*block.threshold()), 1u), high - 1);
+  uint32_t probe = min(max(magnitude_bits(guess), 1u), high - 1);
   int own_count, count;
   for (int round = 0;; ++round) {
     own_count = elements.count_reaching(probe);

@@ -63,6 +63,7 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
   s.grad_dtype = dtype_of(grads[0], "grads");
   s.block_size = static_cast<int>(block_size);
   s.bucket_size = static_cast<int>(bucket_size);
+  s.buckets_per_block = static_cast<int>(block_size / bucket_size);
   s.window_size = static_cast<int>(window_indices[0].size(1));
   s.stochastic_rounding = stochastic_rounding && s.param_dtype != Dtype::kFloat32;
 

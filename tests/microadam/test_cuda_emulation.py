@@ -181,11 +181,22 @@ def test_more_parameters_than_a_launch_takes(emulated: None, generator: torch.Ge
     assert all(state["step"] == 2 for state in run.states)
 
 
-def test_misaligned_views(emulated: None, generator: torch.Generator) -> None:
-    """The loads of 16 bytes must not be tried there: a GPU would fail."""
-    storage = draw(4096 + 3, torch.bfloat16, generator)
-    run = Run(Hyperparameters(), [storage[3:]])
-    step_and_compare(run, [draw(4096 + 1, torch.bfloat16, generator)[1:]])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("param_begins_at", "grad_begins_at"), [(3, 1), (0, 1), (3, 0)])
+def test_misaligned_views(
+    dtype: torch.dtype,
+    param_begins_at: int,
+    grad_begins_at: int,
+    emulated: None,
+    generator: torch.Generator,
+) -> None:
+    """As DDP's views of a bucket are. Loads of 16 bytes must not be tried: a GPU would fail."""
+    numel = 2 * 4096
+    storage = draw(numel + param_begins_at, dtype, generator)
+    run = Run(Hyperparameters(), [storage[param_begins_at:]])
+    for _ in range(3):
+        grad = draw(numel + grad_begins_at, dtype, generator)[grad_begins_at:]
+        step_and_compare(run, [grad])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

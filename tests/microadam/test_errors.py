@@ -165,7 +165,10 @@ def test_a_memory_format_that_changes_after_the_first_step_is_refused() -> None:
 
 
 @pytest.mark.parametrize("is_saved_contiguous", [True, False])
-def test_a_checkpoint_of_another_memory_format_is_refused(is_saved_contiguous: bool) -> None:
+@pytest.mark.parametrize("has_stepped", [False, True])
+def test_a_checkpoint_of_another_memory_format_is_refused(
+    is_saved_contiguous: bool, has_stepped: bool
+) -> None:
     contiguous = torch.randn(4, 3, 2, 2)
     saved, other = contiguous, contiguous.to(memory_format=torch.channels_last)
     if not is_saved_contiguous:
@@ -178,6 +181,8 @@ def test_a_checkpoint_of_another_memory_format_is_refused(is_saved_contiguous: b
     first, same, different = optimizers
     first.step()
     for optimizer in (same, different):
+        if has_stepped:
+            optimizer.step()
         optimizer.load_state_dict(first.state_dict())
     same.step()
     with pytest.raises(ValueError, match="parameter 0 has another memory format"):

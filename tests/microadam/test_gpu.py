@@ -83,6 +83,14 @@ def test_steps_agree_with_plain_torch(
         step_and_compare(run, draw_all(generator, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_gradients(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """As DDP's views of a bucket are."""
+    run = Run(Hyperparameters(), [draw(300_000, dtype, generator).cuda()])
+    for _ in range(3):
+        step_and_compare(run, [draw(300_001, dtype, generator).cuda()[1:]])
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_hard_gradients(kind: str, generator: torch.Generator) -> None:
     run = Run(Hyperparameters(), draw_all(generator))
@@ -197,8 +205,11 @@ def test_capture_of_a_first_step_is_refused(rng: np.random.Generator) -> None:
     assert optimizer.state[parameters_of(optimizer)[0]]["step"].item() == 1
 
 
-def test_step_does_not_wait_for_the_device(rng: np.random.Generator) -> None:
-    optimizer = new_optimizer(rng, 5, 10_000)
+@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3)], ids=["a number", "a tensor on the CPU"])
+def test_step_does_not_wait_for_the_device(
+    lr: float | torch.Tensor, rng: np.random.Generator
+) -> None:
+    optimizer = new_optimizer(rng, 5, 10_000, lr=lr)
     set_gradients(optimizer, 0)
     optimizer.step()
     torch.cuda.set_sync_debug_mode("error")
