@@ -126,6 +126,7 @@ def interrupted_rank(config: RunConfig, number: int, ranks: str) -> int:
         return step(*arguments)
 
     training._step = step_and_signal
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run in the background
     return execute_on_rank(config)
 
 
