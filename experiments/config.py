@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -345,4 +346,18 @@ def parse(config: DictConfig) -> RunConfig:
         raise ExperimentError(f"config: {reason(error)}") from error
     if not isinstance(run, RunConfig):
         raise TypeError(f"expected a RunConfig, got {type(run).__name__}")
+    for key in _unknown_keys(run):
+        raise ExperimentError(
+            f"{key}: there is no such key; run.py --cfg job lists those there are"
+        )
     return run
+
+
+def _unknown_keys(section: object, prefix: str = "") -> Iterator[str]:
+    """Keys that were added with ``+``: OmegaConf lets them in, and nothing would read them."""
+    known = {field.name for field in dataclasses.fields(section)}  # type: ignore[arg-type]
+    for name, value in vars(section).items():
+        if name not in known:
+            yield f"{prefix}{name}"
+        elif dataclasses.is_dataclass(value):
+            yield from _unknown_keys(value, f"{prefix}{name}.")

@@ -1,5 +1,6 @@
 """The one exception whose message is meant for the person at the keyboard; checks raise it."""
 
+import math
 import sys
 
 
@@ -30,7 +31,8 @@ def require_positive(section: str, config: object, *names: str) -> None:
     """Each named value must be greater than 0 or None."""
     for name in names:
         value = getattr(config, name)
-        require(value is None or value > 0, f"{section}.{name}", value, "must be greater than 0")
+        is_valid = value is None or 0 < value < math.inf
+        require(is_valid, f"{section}.{name}", value, "must be greater than 0, and finite")
 
 
 def require_choice(name: str, value: str, *choices: str) -> None:

@@ -159,6 +159,14 @@ def test_a_small_card_has_the_gradients_released_of_the_optimizer_that_can(
     assert config.training.gradient_release is is_released
 
 
+@pytest.mark.parametrize("added", ["optimzer=adamw", "lr=1e-3", "optimizer.learning_rate=1"])
+def test_an_added_key_that_nothing_reads_is_refused(composed: Compose, added: str) -> None:
+    """Hydra's own message recommends the plus, and the run would go on without a word."""
+    name = added.partition("=")[0]
+    with pytest.raises(ExperimentError, match=f"^{name}: there is no such key"):
+        composed("scale=smoke", f"+{added}")
+
+
 def test_a_key_of_another_optimizer_is_refused(composed: Compose) -> None:
     with pytest.raises(ExperimentError, match="'window_size' not in 'AdamWConfig'"):
         composed("optimizer=adamw", "optimizer.window_size=3")
