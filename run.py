@@ -123,6 +123,7 @@ _NOISE = (
     "Config search path",
     "provider=",
     "Set the env",
+    "To append to your config",  # what is no key of RunConfig would be read by nothing
 )
 
 

@@ -8,6 +8,7 @@ table of docs/scale.md, which is for several. Takes about two minutes.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -89,6 +90,11 @@ def scale_table(table: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) ->
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m scripts.memory_plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     table = yaml.safe_load((ROOT / "configs/table/memory.yaml").read_text(encoding="utf-8"))
     rows = {card: rows_of(table, card) for card in table["cards"]}
     text = json.dumps({"title": table["title"], "rows": rows[table["hardware"]]}, indent=1) + "\n"
