@@ -74,7 +74,7 @@ class Sweep(Callback):
     """Reports a failed job at once, lets the other jobs run, and ends with a table of all.
 
     By itself Hydra raises the first failure when all jobs are through and forgets the others. With
-    every launcher, the first two methods run where the job runs, the last one where the sweep does.
+    every launcher, those named after jobs run where the job does, the others where the sweep does.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
