@@ -55,7 +55,18 @@ CUDA_FLAGS = (
     "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 )
-AVX2_FLAGS = ("-mavx2", "-mf16c", "-mbmi", "-mpopcnt")  # cpu_kernel() in step.cpp asks for the same
+# choose_kernel() in cpu/step.cpp asks a machine for the same. The AVX-512 kernel says itself where
+# long vectors pay: elsewhere its loops are short.
+AVX2_FLAGS = ("-mavx2", "-mf16c", "-mbmi", "-mpopcnt")
+AVX512_FLAGS = (
+    *AVX2_FLAGS,
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512dq",
+    "-mavx512vl",
+    "-mavx512vbmi2",
+    "-mprefer-vector-width=256",
+)
 SANITIZE_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
 SANITIZERS = "-fsanitize=address,undefined"
 
@@ -176,6 +187,7 @@ def build_native(objects: Path, target: Path) -> None:
     units = [(source, flags) for source in SOURCES]
     if IS_X86:
         units.append(("cpu/kernel_avx2.cpp", [*flags, *AVX2_FLAGS]))
+        units.append(("cpu/kernel_avx512.cpp", [*flags, *AVX512_FLAGS]))
     outputs = [str(objects / f"{Path(source).stem}.o") for source, _ in units]
     with ThreadPoolExecutor() as pool:
         commands = [

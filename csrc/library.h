@@ -28,7 +28,7 @@ using Step = void(const std::vector<torch::stable::Tensor>& params,
 Step step_cpu;
 Step step_cuda;  // only in builds with nvcc (MICROADAM_WITH_CUDA)
 
-// Which of the CPU kernels this machine gets: "AVX2" or "plain C++".
+// Which of the CPU kernels this machine gets: "AVX-512", "AVX2" or "plain C++".
 const char* cpu_kernel();
 
 }  // namespace microadam

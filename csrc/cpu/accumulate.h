@@ -7,6 +7,17 @@
 namespace microadam::cpu {
 namespace {
 
+#if defined(__AVX512VBMI2__)
+// The numbers 0 to 63, as bytes.
+struct Places {
+  constexpr Places() : values() {
+    for (int i = 0; i < 64; ++i) values[i] = static_cast<uint8_t>(i);
+  }
+  alignas(64) uint8_t values[64];
+};
+constexpr Places kPlaces;
+#endif
+
 template <class Grad>
 void accumulate_bucket(const Grad* grad, const uint8_t* codes, float minimum, float unit,
                        int length, int half, float inv_scale, float* accumulator) {
@@ -19,7 +30,14 @@ void accumulate_bucket(const Grad* grad, const uint8_t* codes, float minimum, fl
 // A bit for each of at most 64 values: whether its magnitude reaches the threshold, or is NaN.
 inline uint64_t marks_of(const float* values, int length, float threshold) {
   uint64_t marks = 0;
-#if defined(__AVX2__)
+#if defined(__AVX512VBMI2__)
+  if (length == 64) {
+    const __m512 limit = _mm512_set1_ps(threshold);
+    __mmask16 masks[4];
+    for (int i = 0; i < 4; ++i) masks[i] = reaches(load_16(values + 16 * i), limit);
+    return bits_of_masks(masks);
+  }
+#elif defined(__AVX2__)
   if (length == 64) {
     const __m256 limit = _mm256_set1_ps(threshold);
     for (int half = 0; half < 2; ++half) {
@@ -37,9 +55,21 @@ inline uint64_t marks_of(const float* values, int length, float threshold) {
 // Appends the marked ones of 64 elements to the candidates; returns how many there are now.
 MICROADAM_INLINE int append_marked(uint64_t marks, int first_element, int32_t* candidates,
                                    int count) {
+  const int end = count + __builtin_popcountll(marks);
+#if defined(__AVX512VBMI2__)
+  // Few are marked: the first sixteen are written whether they are there or not.
+  __m512i places = _mm512_maskz_compress_epi8(marks, _mm512_load_si512(kPlaces.values));
+  const __m512i first = _mm512_set1_epi32(first_element);
+  while (true) {
+    const __m512i found = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(places));
+    _mm512_storeu_si512(candidates + count, _mm512_add_epi32(first, found));
+    count += 16;
+    if (count >= end) return end;
+    places = _mm512_alignr_epi64(places, places, 2);
+  }
+#else
   // Most words have few marks. The first three are written whether they are there or not, which
   // spares a branch that cannot be predicted.
-  const int end = count + __builtin_popcountll(marks);
   for (int i = 0; i < 3; ++i, marks &= marks - 1) {
     candidates[count + i] = first_element + __builtin_ctzll(marks | (uint64_t{1} << 63));
   }
@@ -47,6 +77,7 @@ MICROADAM_INLINE int append_marked(uint64_t marks, int first_element, int32_t* c
     candidates[count++] = first_element + __builtin_ctzll(marks);
   }
   return end;
+#endif
 }
 
 // The elements from `first_element` on whose magnitudes reach the threshold, ascending, into
@@ -60,12 +91,50 @@ inline int append_candidates(int first_element, int length, float threshold, Scr
   return count;
 }
 
-#if defined(__AVX2__)
+#if defined(__AVX512VBMI2__)
+// accumulate_bucket and append_candidates for whole buckets of 64.
+template <bool kIsScaled, class Grad, class Prefetcher>
+int accumulate_buckets(const Grad* grad, const uint8_t* codes, int num_buckets, float inv_scale,
+                       float threshold, Scratch& scratch, Prefetcher& prefetcher) {
+  constexpr int kHalf = kVectorBucket / 2;
+  const __m512 scale = _mm512_set1_ps(inv_scale), limit = _mm512_set1_ps(threshold);
+  const __m512 levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const float *bucket_min = scratch.bucket_min, *bucket_unit = scratch.bucket_unit;
+  float* accumulator = scratch.accumulator;
+  int count = 0;
+  for (int b = 0; b < num_buckets; ++b) {
+    // One vector holds what each of the 16 codes stands for: to dequantize is to look up.
+    const __m512 low = _mm512_set1_ps(bucket_min[b]), unit = _mm512_set1_ps(bucket_unit[b]);
+    const __m512 feedback = _mm512_add_ps(_mm512_mul_ps(levels, unit), low);
+    // Stores sixteen accumulators; returns which of them are above. Of a code, only the low four
+    // bits are looked at.
+    const auto accumulate = [&](int i, __m512i code) {
+      __m512 value = load_16(grad + i);
+      if constexpr (kIsScaled) value = _mm512_mul_ps(value, scale);
+      value = _mm512_add_ps(value, _mm512_permutexvar_ps(code, feedback));
+      _mm512_store_ps(accumulator + i, value);
+      return reaches(value, limit);
+    };
+    __mmask16 masks[4];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const __m512i pairs =
+          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * i)));
+      masks[i] = accumulate(16 * i, pairs);
+      masks[i + 2] = accumulate(16 * i + kHalf, _mm512_srli_epi32(pairs, 4));
+    }
+    count = append_marked(bits_of_masks(masks), b * kVectorBucket, scratch.candidates, count);
+    prefetcher.advance();
+    grad += kVectorBucket, accumulator += kVectorBucket, codes += kHalf;
+  }
+  return count;
+}
+#elif defined(__AVX2__)
 // accumulate_bucket and append_candidates for whole buckets of 64. Listing the candidates runs
 // beside the arithmetic, in units of its own.
 template <bool kIsScaled, class Grad, class Prefetcher>
-int accumulate_avx2(const Grad* grad, const uint8_t* codes, int num_buckets, float inv_scale,
-                    float threshold, Scratch& scratch, Prefetcher& prefetcher) {
+int accumulate_buckets(const Grad* grad, const uint8_t* codes, int num_buckets, float inv_scale,
+                       float threshold, Scratch& scratch, Prefetcher& prefetcher) {
   constexpr int kHalf = kVectorBucket / 2;
   const __m256 scale = _mm256_set1_ps(inv_scale), limit = _mm256_set1_ps(threshold);
   const float *bucket_min = scratch.bucket_min, *bucket_unit = scratch.bucket_unit;
@@ -119,8 +188,8 @@ int accumulate(const Settings& s, const Block& block, Scratch& scratch, Prefetch
 #if defined(__AVX2__)
   if (size == kVectorBucket) {
     b = block.length / size;
-    const auto whole_buckets = s.inv_scale == 1.0f ? accumulate_avx2<false, Grad, Prefetcher>
-                                                   : accumulate_avx2<true, Grad, Prefetcher>;
+    const auto whole_buckets = s.inv_scale == 1.0f ? accumulate_buckets<false, Grad, Prefetcher>
+                                                   : accumulate_buckets<true, Grad, Prefetcher>;
     count = whole_buckets(grad, block.error, b, s.inv_scale, threshold, scratch, prefetcher);
   }
 #endif

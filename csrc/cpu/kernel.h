@@ -30,11 +30,13 @@ bool step_block(const Settings& s, const Stepped& p, const Block& block, const B
   int16_t* selected = block.window_indices + block.newest_slot * block.slot_stride;
   BFloat16* selected_values = block.window_values + block.newest_slot * block.slot_stride;
   if (!select_top_k(block, num_candidates, is_sparse<Grad>(block), scratch, selected)) return false;
+  float* values = scratch.terms;
   for (int i = 0; i < block.k; ++i) {
     float& value = scratch.accumulator[selected[i]];
-    selected_values[i] = round_to<BFloat16>(value);
+    values[i] = value;
     value = 0.0f;
   }
+  for (int i = 0; i < block.k; ++i) selected_values[i] = round_to<BFloat16>(values[i]);
   quantize_residual(s, block, scratch, prefetcher);
   prefetch_state(s, next);
   sum_window(block, scratch, prefetcher);

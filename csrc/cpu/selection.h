@@ -9,8 +9,6 @@ namespace {
 
 typedef int32_t EightInts __attribute__((vector_size(32)));
 
-constexpr int kFewCandidates = 128;
-
 // The magnitudes, as bits, of the largest of every eight elements: each of 64 elements' columns of
 // eight is one value. Those left over stand for themselves. Returns how many values there are.
 inline int find_group_maxima(const float* accumulator, int length, int32_t* maxima) {
@@ -34,45 +32,19 @@ inline int count_reaching(const int32_t* values, int count, int32_t bound) {
   return num_reaching;
 }
 
-// The largest bound that at least `rank` of the values reach, which is the value of that rank, or
-// one below it that at most `slack` more values reach. They are at least 0 and at most `largest`.
-inline int32_t find_bound(const int32_t* values, int count, int rank, int slack, int32_t largest) {
-  int32_t low = 0, high = largest + 1;  // enough values reach `low`, too few reach `high`
-  while (high - low > 1) {
-    const int32_t middle = low + (high - low) / 2;
+// A bound that `rank` of the values reach, or at most `slack` more; where equal values allow none,
+// the value of that rank. All values reach `lowest`, at least `rank` of them, and none exceeds
+// `largest`.
+inline int32_t find_bound(const int32_t* values, int count, int rank, int slack, int32_t lowest,
+                          int32_t largest) {
+  int32_t low = lowest, high = largest + 1;  // enough values reach `low`, too few reach `high`
+  // Magnitudes crowd at the low end.
+  for (int32_t middle = low + (high - low) / 8; high - low > 1; middle = low + (high - low) / 2) {
     const int num_reaching = count_reaching(values, count, middle);
     (num_reaching >= rank ? low : high) = middle;
     if (num_reaching >= rank && num_reaching <= rank + slack) break;
   }
   return low;
-}
-
-// The magnitudes of rank k and of rank num_wanted (or the last one, if there are fewer), of few:
-// each is the smallest of those that fewer than so many others exceed. The array has room for a
-// multiple of 32.
-inline void rank_few(int32_t* magnitudes, int count, int k, int num_wanted, int32_t* kth,
-                     int32_t* wanted) {
-  const EightInts largest = EightInts{} + INT32_MAX;
-  for (int i = count; i % 32 != 0; ++i) magnitudes[i] = INT32_MAX;
-  EightInts kth_lanes = largest, wanted_lanes = largest;
-  for (int i = 0; i < count; i += 32) {
-    EightInts own[4], num_greater[4] = {};
-    memcpy(own, magnitudes + i, sizeof(own));
-    for (int j = 0; j < count; ++j) {
-      for (int v = 0; v < 4; ++v) num_greater[v] -= magnitudes[j] > own[v];  // true is -1
-    }
-    for (int v = 0; v < 4; ++v) {
-      const EightInts in_kth = (num_greater[v] < k) & (own[v] < kth_lanes);
-      const EightInts in_wanted = (num_greater[v] < num_wanted) & (own[v] < wanted_lanes);
-      kth_lanes = in_kth ? own[v] : kth_lanes;
-      wanted_lanes = in_wanted ? own[v] : wanted_lanes;
-    }
-  }
-  *kth = *wanted = INT32_MAX;
-  for (int lane = 0; lane < 8; ++lane) {
-    *kth = std::min<int32_t>(*kth, kth_lanes[lane]);
-    *wanted = std::min<int32_t>(*wanted, wanted_lanes[lane]);
-  }
 }
 
 // Writes the indices of the k largest magnitudes, ascending, and guesses the next step's threshold.
@@ -87,6 +59,7 @@ inline bool select_top_k(const Block& block, int count, bool is_sparse, Scratch&
   const int num_spare = 3 * static_cast<int>(sqrtf(float(k))) + 1;
   const int num_wanted = std::min(block.length, (is_sparse ? 2 * k : k) + num_spare);
   const float* accumulator = scratch.accumulator;
+  float edge = *block.threshold;  // all candidates reach it
   int32_t largest = 0;
   if (count < k || count > 2 * num_wanted) {
     // So many groups have a candidate, and most of them have one only.
@@ -99,8 +72,7 @@ inline bool select_top_k(const Block& block, int count, bool is_sparse, Scratch&
     }
     for (int i = 0; i < num_maxima; ++i) largest = std::max(largest, maxima[i]);
     if (largest >= too_large) return false;
-    const int32_t bound = find_bound(maxima, num_maxima, k, k / 4, largest);
-    const float edge = float_of(std::max(bound, 1));
+    edge = float_of(std::max(find_bound(maxima, num_maxima, k, k / 4, 0, largest), 1));
     count = largest == 0 ? 0 : append_candidates(0, block.length, edge, scratch, 0);
     if (count <
         k) {  // the first zeros join them, as in the rows of an embedding that no token used
@@ -112,29 +84,19 @@ inline bool select_top_k(const Block& block, int count, bool is_sparse, Scratch&
       return true;
     }
   }
+  int32_t* magnitudes = scratch.magnitudes;
   for (int i = 0; i < count; ++i) {
-    scratch.magnitudes[i] =
-        static_cast<int32_t>(magnitude_bits(accumulator[scratch.candidates[i]]));
+    magnitudes[i] = static_cast<int32_t>(magnitude_bits(accumulator[scratch.candidates[i]]));
   }
-  for (int i = 0; i < count; ++i) largest = std::max(largest, scratch.magnitudes[i]);
+  for (int i = 0; i < count; ++i) largest = std::max(largest, magnitudes[i]);
   if (largest >= too_large) return false;
 
-  const int32_t* magnitudes = scratch.magnitudes;
-  int32_t kth, wanted;
-  if (count <= kFewCandidates) {
-    rank_few(scratch.magnitudes, count, k, num_wanted, &kth, &wanted);
-  } else {
-    kth = find_bound(magnitudes, count, k, 0, largest);
-    wanted = find_bound(magnitudes, count, std::min(count, num_wanted), 0, largest);
-  }
-  float threshold = float_of(wanted);
-  if (count < num_wanted) {
-    // Continue the line from the k-th magnitude to the smallest candidate.
-    const float slope = (float_of(kth) - threshold) / static_cast<float>(count - k + 1);
-    threshold =
-        std::max(0.5f * threshold, threshold - slope * static_cast<float>(num_wanted - count));
-  }
-  *block.threshold = threshold;
+  // The k-th magnitude, or as good as that: a bound that k magnitudes reach.
+  const int32_t kth =
+      find_bound(magnitudes, count, k, 0, static_cast<int32_t>(bits_of(edge)), largest);
+  // The wanted number would reach a threshold on the line through the two that are known.
+  const float slope = (float_of(kth) - edge) / static_cast<float>(count - k + 1);
+  *block.threshold = std::max(0.5f * edge, edge + slope * static_cast<float>(count - num_wanted));
 
   // Of those equal to the k-th, the first ones are taken: nearly always all of them.
   int num_equal = k, num_reaching = 0;

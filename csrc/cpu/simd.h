@@ -1,4 +1,4 @@
-// Eight floats at a time with AVX2, for the loops in which intrinsics pay.
+// Eight floats at a time with AVX2, or sixteen with AVX-512, for the loops in which intrinsics pay.
 #pragma once
 
 #if defined(__AVX2__)
@@ -72,6 +72,45 @@ inline __m128i round_to_bits(__m256 value, BFloat16) {
 inline __m128i round_to_bits(__m256 value, Float16) {
   return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
 }
+
+#if defined(__AVX512VBMI2__)
+// The same for sixteen.
+inline __m512 load_16(const float* p) { return _mm512_loadu_ps(p); }
+
+inline __m512 load_16(const Float16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+inline __m512 load_16(const BFloat16* p) {
+  const __m512i order = _mm512_setr_epi32(0 << 16, 1 << 16, 2 << 16, 3 << 16, 4 << 16, 5 << 16,  //
+                                          6 << 16, 7 << 16, 8 << 16, 9 << 16, 10 << 16, 11 << 16,
+                                          12 << 16, 13 << 16, 14 << 16, 15 << 16);
+  const __m512i words =
+      _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, order, words));
+}
+
+inline __mmask16 reaches(__m512 value, __m512 limit) {
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(value), limit, _CMP_NLT_UQ);
+}
+
+// A bit for each of 64 masks.
+inline uint64_t bits_of_masks(const __mmask16 (&masks)[4]) {
+  return _mm512_kunpackd(_mm512_kunpackw(masks[3], masks[2]), _mm512_kunpackw(masks[1], masks[0]));
+}
+
+inline __m512i bfloat16_bits(__m512 value) {
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+}
+
+inline __m256i high_halves(__m512i words) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16));
+}
+#endif
 
 }  // namespace
 }  // namespace microadam::cpu

@@ -31,19 +31,32 @@ double scalar_value(const Tensor& t, const char* name) {
   }
 }
 
+struct Kernel {
+  const char* name;
+  StepBlocks step_blocks;
+};
+
+// The fastest that this machine can run and that torch's variable for its own kernels allows.
+Kernel choose_kernel() {
+#if defined(__x86_64__)
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view most = variable == nullptr ? "" : variable;
+  // What setup.py compiles them with.
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+                        __builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt");
+  const bool has_avx512 =
+      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vbmi2");
+  if (has_avx512 && most != "avx2" && most != "default") return {"AVX-512", step_blocks_avx512};
+  if (has_avx2 && most != "default") return {"AVX2", step_blocks_avx2};
+#endif
+  return {"plain C++", step_blocks_generic};
+}
+
 }  // namespace
 
-const char* cpu_kernel() {
-#if defined(__x86_64__)
-  // torch's own variable for its own kernels: `default` is plain C++.
-  const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
-  const bool is_allowed = wanted == nullptr || std::string_view(wanted) != "default";
-  const bool is_able = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-                       __builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt");
-  if (is_allowed && is_able) return "AVX2";
-#endif
-  return "plain C++";
-}
+const char* cpu_kernel() { return choose_kernel().name; }
 
 void step_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
               const std::vector<Tensor>& steps, const std::vector<Tensor>& window_indices,
@@ -106,10 +119,7 @@ void step_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
   }
   if (num_blocks == 0) return;
 
-  StepBlocks step_blocks = step_blocks_generic;
-#if defined(__x86_64__)
-  if (std::string_view(cpu_kernel()) == "AVX2") step_blocks = step_blocks_avx2;
-#endif
+  const StepBlocks step_blocks = choose_kernel().step_blocks;
   std::atomic<int64_t> num_skipped{0};
   const int64_t grain = std::max<int64_t>(1, num_blocks * kMinElementsPerThread / numel);
   torch::stable::parallel_for(0, num_blocks, grain, [&](int64_t begin, int64_t end) {

@@ -40,5 +40,6 @@ using StepBlocks = int64_t (*)(const Settings&, const std::vector<Stepped>&, int
 
 int64_t step_blocks_generic(const Settings&, const std::vector<Stepped>&, int64_t, int64_t);
 int64_t step_blocks_avx2(const Settings&, const std::vector<Stepped>&, int64_t, int64_t);
+int64_t step_blocks_avx512(const Settings&, const std::vector<Stepped>&, int64_t, int64_t);
 
 }  // namespace microadam::cpu

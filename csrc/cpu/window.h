@@ -44,14 +44,19 @@ void sum_window(const Block& block, Scratch& scratch, Prefetcher& prefetcher) {
       terms[2 * e] = value * weights1[e];
       terms[2 * e + 1] = value * weights2[e] * value;  // the square alone could be infinite
     }
-    for (int e = begin; e < end;) {
-      for (const int stop = std::min(end, e + 8); e < stop; ++e) {
-        Moments term;
-        memcpy(&term, terms + 2 * e, sizeof(term));
-        moments[indices[e]] += term;
-      }
+    const auto add = [&](int e) {
+      Moments term;
+      memcpy(&term, terms + 2 * e, sizeof(term));
+      moments[indices[e]] += term;
+    };
+    int e = begin;
+    for (; e + 8 <= end; e += 8) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) add(e + i);
       prefetcher.advance();
     }
+    for (; e < end; ++e) add(e);
+    prefetcher.advance();
   });
 }
 

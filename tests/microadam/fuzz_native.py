@@ -39,7 +39,7 @@ def fuzz_one(seed: int) -> None:
         stochastic_rounding=bool(rng.integers(2)),
         seed=int(rng.integers(2**64, dtype=np.uint64)),
     )
-    os.environ["ATEN_CPU_CAPABILITY"] = str(rng.choice(["default", "avx2"]))
+    os.environ["ATEN_CPU_CAPABILITY"] = str(rng.choice(["default", "avx2", "avx512"]))
     generator = torch.Generator().manual_seed(seed)
     dtype, grad_dtype = (DTYPES[i] for i in rng.integers(len(DTYPES), size=2))
     sizes = [int(10 ** rng.uniform(0, 5)) - 1 for _ in range(rng.integers(1, 5))]
