@@ -68,7 +68,7 @@ def why_not_native() -> str:
 
 
 def native_kernel(device_type: str) -> str:
-    """The native kernel for this kind of device, such as ``"AVX-512"``; empty where there is none."""
+    """The native kernel for this kind of device, such as ``"AVX-512"``; empty where none is."""
     return "" if why_not_native() else torch.ops.microadam.native_kernel(device_type)
 
 
