@@ -135,8 +135,13 @@ MICROADAM_FN float dequantize(uint32_t code, float minimum, float unit) {
 // reciprocal in float32.
 MICROADAM_FN float inverse_unit(float unit) { return unit >= kMinUnit ? 1.0f / unit : 0.0f; }
 
+// The code before it is rounded down and clamped.
+MICROADAM_FN float quantization_level(float residual, float minimum, float inverse) {
+  return (residual - minimum) * inverse + 0.5f;
+}
+
 MICROADAM_FN uint32_t quantize(float residual, float minimum, float inverse) {
-  const float level = (residual - minimum) * inverse + 0.5f;
+  const float level = quantization_level(residual, minimum, inverse);
   return static_cast<uint32_t>(fminf(fmaxf(level, 0.0f), kNumLevels));  // truncation is the floor
 }
 
@@ -156,6 +161,9 @@ MICROADAM_FN void philox(const RoundingKey& key, uint64_t call, uint32_t (&words
   uint32_t c0 = static_cast<uint32_t>(call), c1 = key.ordinal, c2 = key.step;
   uint32_t c3 = static_cast<uint32_t>(call >> 32);
   uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
+#if defined(__CUDACC__)
+#pragma unroll 1  // else the keys of all rounds are made even where nothing is rounded at random
+#endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
     const uint64_t product1 = uint64_t{0xCD9E8D57u} * c2;

@@ -3,6 +3,7 @@
 
 #include "kernel.h"
 #include "memory.cuh"
+#include "packed.cuh"
 
 namespace microadam::cuda {
 namespace {
@@ -21,26 +22,27 @@ constexpr int kMinBlocksPerSm = 4;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 constexpr int kRegisterBlock = 4096;  // elements of a RegisterBlock
-constexpr int kRegisterBucket = 64;
 
 constexpr int kMaxBlockSize = 32768;
 constexpr int kMaxWords = kMaxBlockSize / 32;  // of a bitmap with one bit an element
 constexpr int kMaxCandidates = kThreads;
-constexpr int kMomentChunk = 4096;   // coordinates whose moments are summed at a time
-constexpr int kStagedPerThread = 2;  // window entries kept in shared memory
-constexpr int kMaxStaged = kStagedPerThread * kThreads;
+constexpr int kMomentChunk = 4096;    // coordinates whose moments are summed at a time
+constexpr int kEntriesPerThread = 4;  // of the window of a RegisterBlock
+constexpr int kMaxEntries = kEntriesPerThread * kThreads;
 
 struct Entry {
   int16_t index;
   BFloat16 value;
 };
 
-struct Selection {
-  // Before the scan: magnitude above and equal to the k-th. After it: the selected elements, and
-  // how many of them precede the word.
+struct alignas(16) Selection {
+  float accumulators[kRegisterBlock];  // of a RegisterBlock, from where its elements are taken
+  uint32_t taken[kMaxWords];           // of a MemoryBlock: which elements have been
+  // Where the candidates have no room: magnitude above and equal to the k-th.
   uint32_t above[kMaxWords];
   uint32_t equal[kMaxWords];
-  uint32_t candidates[kMaxCandidates];
+  uint64_t candidates[kMaxCandidates];  // 0 behind the last
+  int indices[kMaxCandidates];          // of those that are selected; behind them kMaxBlockSize
 };
 
 struct Moments {
@@ -54,11 +56,16 @@ struct alignas(16) Shared {
     Selection selection;
     Moments moments;
   };
-  Entry staged[kMaxStaged];
+  Entry window[kMaxEntries];  // of a RegisterBlock
   uint32_t partial_sums[2][kWarps];
+  int parameter;  // in the launch
   uint32_t num_candidates;
-  uint32_t kth;
-  uint32_t wanted;
+  bool is_finite;
+  float kth;      // magnitude
+  float wanted;   // magnitude that the next step's guess should have
+  uint32_t step;  // this one included
+  int num_slots;  // of the window that are filled, this step's included
+  int newest_slot;
   UpdateFactors factors;
   float decay;          // 1 - lr * weight_decay
   float feedback_rate;  // lr * alpha / (1 - alpha)
@@ -67,6 +74,10 @@ struct alignas(16) Shared {
 __device__ int lane() { return threadIdx.x % 32; }
 __device__ int warp() { return threadIdx.x / 32; }
 
+// Numbers the threads anew, beginning with another warp in each block: where the first few have
+// something to do, the four schedulers of a multiprocessor share it.
+__device__ int rotated_thread() { return (threadIdx.x + 32 * blockIdx.x) % kThreads; }
+
 // What it is made of is computed anew wherever it is needed: registers are scarcer than arithmetic.
 struct Block {
   const Settings& s;
@@ -74,8 +85,6 @@ struct Block {
   int index;
   int length;
   int k;
-  uint32_t step;    // this one included
-  int newest_slot;  // of the window
 
   __device__ Block(const Settings& settings, const Parameter& parameter, int block_index)
       : s(settings), p(parameter), index(block_index) {
@@ -83,12 +92,6 @@ struct Block {
     const bool is_last = rest <= s.block_size;
     length = is_last ? static_cast<int>(rest) : s.block_size;
     k = is_last ? p.last_k : p.k;
-  }
-
-  // Waits for memory: what can be fetched without knowing the step is asked for before.
-  __device__ void read_step() {
-    step = static_cast<uint32_t>(*p.step);
-    newest_slot = static_cast<int>((step - 1) % static_cast<uint32_t>(s.window_size));
   }
 
   // Index of its first element in the parameter.
@@ -99,6 +102,11 @@ struct Block {
   __device__ BFloat16* error_max() const { return p.error_max + first_bucket(); }
   __device__ float* threshold() const { return p.thresholds + index; }
 
+  // The window. Each slot has room for the entries of the longest block, p.k.
+  __device__ int64_t first_entry() const { return int64_t{index} * (s.window_size * p.k); }
+  __device__ int16_t* window_indices() const { return p.window_indices + first_entry(); }
+  __device__ BFloat16* window_values() const { return p.window_values + first_entry(); }
+
   // The error feedback of an element.
   __device__ float feedback(int i) const {
     const int size = s.bucket_size, half = size / 2;
@@ -108,185 +116,220 @@ struct Block {
     const float unit = quantization_unit(low, to_float(error_max()[bucket]));
     return dequantize(within < half ? pair & 15u : pair >> 4, low, unit);
   }
-
-  __device__ int num_slots() const {  // filled, this step's included
-    return static_cast<int>(min(step, static_cast<uint32_t>(s.window_size)));
-  }
-  // A slot of the window has room for the entries of the longest block, p.k.
-  __device__ int64_t entry(int slot, int j) const {
-    return int64_t{index} * (s.window_size * p.k) + (slot * p.k + j);
-  }
 };
 
 // A full block of 4096 elements in buckets of 64. Four threads share a bucket; each holds a run of
-// its first half and the run of its second half whose codes lie in the same bytes.
+// its first half and the run of its second half whose codes lie in the same bytes. While elements
+// are selected, they lie in shared memory, and so does the window.
+template <class Param, class Grad>
 class RegisterBlock {
  public:
-  // Asks for gradient and error feedback.
-  __device__ explicit RegisterBlock(const Block& block)
-      : block_(block), bucket_(threadIdx.x / 4), quarter_(threadIdx.x % 4) {
-    const bool is_grad_aligned = is_aligned(block.p.grad, 16);
+  __device__ static bool can_hold(const Block& block) {
+    const Settings& s = block.s;
+    return s.block_size == kBlock && block.length == kBlock && s.bucket_size == kBucket &&
+           s.window_size * block.k <= kMaxEntries && is_aligned(block.p.values, 16) &&
+           is_aligned(block.p.error, 8);
+  }
+
+  // Asks for gradient, error feedback and window. All slots of it, so that nobody waits to hear
+  // which is the newest; that one is written over once it is known.
+  __device__ RegisterBlock(const Block& block, Shared& shared)
+      : block_(block),
+        accumulators_(shared.selection.accumulators),
+        window_(shared.window),
+        first_index_(threadIdx.x / 4 * kBucket + threadIdx.x % 4 * kRun),
+        swap_(threadIdx.x / 4 % 2 * 4) {
+    const Grad* grad = static_cast<const Grad*>(block.p.grad) + int64_t{block.index} * kBlock;
+    if (is_aligned(grad, 16)) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t first = block.first() + index_of(half);
-      grad_[half] = is_grad_aligned ? fetch_run(block.s.grad_dtype, block.p.grad, first)
-                                    : fetch_unaligned_run(block.s.grad_dtype, block.p.grad, first);
+      for (int half = 0; half < 2; ++half) grad_[half] = fetch_run(grad + index_of(half));
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) grad_[half] = fetch_unaligned_run(grad + index_of(half));
     }
-    codes_ = reinterpret_cast<const uint2*>(block.error())[threadIdx.x];
-    error_min_ = block.error_min()[bucket_];
-    error_max_ = block.error_max()[bucket_];
+    codes_ = *codes();
+    error_min_ = *error_min();
+    error_max_ = *error_max();
+    const int16_t* indices = block.window_indices() + threadIdx.x;
+    const BFloat16* values = block.window_values() + threadIdx.x;
+    const int num_entries = block.s.window_size * block.k;
+#pragma unroll
+    for (int i = 0; i < kEntriesPerThread; ++i) {
+      if (static_cast<int>(threadIdx.x) + i * kThreads >= num_entries) break;
+      entries_[i] = {indices[i * kThreads], values[i * kThreads]};
+    }
   }
 
   // Makes the accumulator of them.
   __device__ void accumulate(float inv_scale) {
+    const int num_entries = block_.s.window_size * block_.k;
+#pragma unroll
+    for (int i = 0; i < kEntriesPerThread; ++i) {
+      if (static_cast<int>(threadIdx.x) + i * kThreads >= num_entries) break;
+      window_[threadIdx.x + i * kThreads] = entries_[i];
+    }
     const float low = to_float(error_min_);
     const float unit = quantization_unit(low, to_float(error_max_));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      convert_run(block_.s.grad_dtype, grad_[half], values_[half]);
+      convert_run(grad_[half], values_[half]);
+      if (inv_scale != 1.0f) {
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        const uint32_t code = ((i < 4 ? codes_.x : codes_.y) >> (8 * (i % 4) + 4 * half)) & 15u;
-        values_[half][i] = values_[half][i] * inv_scale + dequantize(code, low, unit);
+        for (float& value : values_[half]) value *= inv_scale;
+      }
+#pragma unroll
+      for (int i = 0; i < kRun; i += 4) {
+        float products[4];
+        multiply_codes(((i < 4 ? codes_.x : codes_.y) >> (4 * half)) & 0x0f0f0f0fu, unit, products);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) values_[half][i + j] += products[j] + low;
+        own_four(half, i) = {values_[half][i], values_[half][i + 1], values_[half][i + 2],
+                             values_[half][i + 3]};
       }
     }
   }
 
-  __device__ bool is_finite() const {
-    bool is_finite = true;
-#pragma unroll
-    for (int i = 0; i < 2 * kRun; ++i) is_finite &= fabsf(value(i)) < kMaxMagnitude;
-    return is_finite;
-  }
+  __device__ int count_reaching(uint32_t probe) const { return __popc(reaching(probe)); }
 
-  // How many of this thread's magnitudes reach `probe`.
-  __device__ int count_reaching(uint32_t probe) const {
-    int count = 0;
-#pragma unroll
-    for (int i = 0; i < 2 * kRun; ++i) count += magnitude_bits(value(i)) >= probe;
-    return count;
-  }
-
+  // Calls function(index, magnitude) for each of this thread's elements that reach `probe`.
   template <class Function>
-  __device__ void for_each_magnitude(Function function) const {
-#pragma unroll
-    for (int i = 0; i < 2 * kRun; ++i) function(magnitude_bits(value(i)));
-  }
-
-  __device__ void mark(uint32_t kth, Selection& selection) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t above = 0, equal = 0;
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        const uint32_t magnitude = magnitude_bits(values_[half][i]);
-        above |= uint32_t{magnitude > kth} << i;
-        equal |= uint32_t{magnitude == kth} << i;
-      }
-      const int byte = index_of(half) / 8;
-      reinterpret_cast<uint8_t*>(selection.above)[byte] = static_cast<uint8_t>(above);
-      reinterpret_cast<uint8_t*>(selection.equal)[byte] = static_cast<uint8_t>(equal);
+  __device__ void for_each_reaching(uint32_t probe, Function function) const {
+    for (uint32_t rest = reaching(probe); rest != 0; rest &= rest - 1) {
+      const uint32_t i = __ffs(rest) - 1;
+      const int index = first_index_ + i + i / kRun * (kBucket / 2 - kRun);
+      function(index, magnitude_bits(accumulators_[index ^ swap_]));
     }
   }
 
-  // Calls emit(position, index, value) for each selected element. What is left is the residual.
-  template <class Emit>
-  __device__ void take_selected(const Selection& selection, Emit emit) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t word = selection.above[2 * bucket_ + half];
-      const uint32_t own = (word >> (kRun * quarter_)) & 0xffu;
-      for (uint32_t rest = own; rest != 0; rest &= rest - 1) {
-        const int i = __ffs(rest) - 1;
-        float value = values_[half][0];  // values_[half][i], without an address
-#pragma unroll
-        for (int j = 1; j < kRun; ++j) value = i == j ? values_[half][j] : value;
-        const uint32_t before = word & ((1u << (kRun * quarter_ + i)) - 1);
-        emit(selection.equal[2 * bucket_ + half] + __popc(before), index_of(half) + i, value);
-      }
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        if ((own >> i) & 1u) values_[half][i] = 0.0f;
-      }
-    }
+  // Of any element.
+  __device__ uint32_t magnitude(int index) const {
+    return magnitude_bits(accumulators_[place_of(index)]);
   }
 
-  __device__ void store_error() const {
-    float low = value(0), high = low;
+  // The accumulator of any element, of which nothing is left.
+  __device__ float take(int index) {
+    float& accumulator = accumulators_[place_of(index)];
+    const float value = accumulator;
+    accumulator = 0.0f;
+    return value;
+  }
+
+  // What was not taken is the residual.
+  __device__ void store_error() {
+    uint32_t low_pair = 0, high_pair = 0;
 #pragma unroll
-    for (int i = 1; i < 2 * kRun; ++i) low = fminf(low, value(i)), high = fmaxf(high, value(i));
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < kRun; i += 4) {
+        const float4 four = own_four(half, i);
+        values_[half][i] = four.x, values_[half][i + 1] = four.y;
+        values_[half][i + 2] = four.z, values_[half][i + 3] = four.w;
+      }
+      // Rounding keeps the order, so it may come before the search for the smallest and largest.
+#pragma unroll
+      for (int i = 0; i < kRun; i += 2) {
+        const uint32_t pair = pack(values_[half][i], values_[half][i + 1]);
+        low_pair = half + i == 0 ? pair : minima(low_pair, pair);
+        high_pair = half + i == 0 ? pair : maxima(high_pair, pair);
+      }
+    }
+    // The largest in the high half, and in the low half the largest of the negated: the smallest.
+    low_pair ^= 0x80008000u;
+    uint32_t range =
+        maxima(__byte_perm(low_pair, high_pair, 0x5410), __byte_perm(low_pair, high_pair, 0x7632));
 #pragma unroll
     for (int distance = 1; distance < 4; distance *= 2) {
-      low = fminf(low, __shfl_xor_sync(kAllLanes, low, distance));
-      high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, distance));
+      range = maxima(range, __shfl_xor_sync(kAllLanes, range, distance));
     }
-    low = to_float(round_to<BFloat16>(low));
-    high = to_float(round_to<BFloat16>(high));
+    const float low = -low_half(range), high = high_half(range);
     const float inverse = inverse_unit(quantization_unit(low, high));
     uint2 codes = {0, 0};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        (i < 4 ? codes.x : codes.y) |= quantize(values_[half][i], low, inverse)
-                                       << (8 * (i % 4) + 4 * half);
-      }
+    for (int i = kRun - 1; i >= 0; --i) {
+      uint32_t& word = i < 4 ? codes.x : codes.y;
+      word = prepend_codes(quantization_level(values_[0][i], low, inverse),
+                           quantization_level(values_[1][i], low, inverse), word);
     }
-    reinterpret_cast<uint2*>(block_.error())[threadIdx.x] = codes;
-    if (quarter_ == 0) {
-      block_.error_min()[bucket_] = round_to<BFloat16>(low * block_.s.kept_share);
-      block_.error_max()[bucket_] = round_to<BFloat16>(high * block_.s.kept_share);
+    *this->codes() = codes;
+    if (threadIdx.x % 4 == 0) {
+      *error_min() = round_to<BFloat16>(low * block_.s.kept_share);
+      *error_max() = round_to<BFloat16>(high * block_.s.kept_share);
     }
   }
 
-  // Subtracts the updates, those of the elements [begin, end), from the parameter.
+  // Entry `e` of the window, counted over those that the block uses.
+  __device__ Entry entry(int e) const { return window_[e]; }
+  __device__ void set_entry(int e, Entry entry) {
+    window_[e] = entry;
+    block_.window_indices()[e] = entry.index;
+    block_.window_values()[e] = entry.value;
+  }
+
+  // Subtracts the updates of all its elements from the parameter.
   __device__ void apply(const float* updates, int, int, float decay, Rounding rounding) const {
-    const Settings& s = block_.s;
-    const int64_t first = block_.first();
-    Run runs[2];
-    bool changes[2];
+    Param* const params = static_cast<Param*>(block_.p.values) + int64_t{block_.index} * kBlock;
+    Run<Param> runs[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) runs[half] = fetch_run(params + index_of(half));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float update[kRun];
-      load_updates(updates, half, update);
-      changes[half] = decay != 1.0f;
+      float values[kRun];
+      convert_run(runs[half], values);
 #pragma unroll
-      for (float u : update) changes[half] |= u != 0.0f;
-      if (changes[half]) {
-        runs[half] = fetch_run(s.param_dtype, block_.p.values, first + index_of(half));
+      for (int i = 0; i < kRun; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(updates + index_of(half) + i);
+        values[i] = values[i] * decay - four.x;
+        values[i + 1] = values[i + 1] * decay - four.y;
+        values[i + 2] = values[i + 2] * decay - four.z;
+        values[i + 3] = values[i + 3] * decay - four.w;
       }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (!changes[half]) continue;
-      float update[kRun], values[kRun];
-      load_updates(updates, half, update);  // again, rather than keep it in registers
-      convert_run(s.param_dtype, runs[half], values);
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) values[i] = values[i] * decay - update[i];
-      store_run(s.param_dtype, block_.p.values, first + index_of(half), values, rounding);
+      store_run<Param>(block_.p.values, block_.first() + index_of(half), values, rounding);
     }
   }
 
  private:
-  __device__ void load_updates(const float* updates, int half, float (&out)[kRun]) const {
+  static constexpr int kBlock = kRegisterBlock;
+  static constexpr int kBucket = 64;
+
+  // Bit i is set where element i of this thread reaches `probe`.
+  __device__ uint32_t reaching(uint32_t probe) const {
+    uint32_t is_below = 0;
 #pragma unroll
-    for (int i = 0; i < kRun; i += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(updates + index_of(half) + i);
-      out[i] = four.x, out[i + 1] = four.y, out[i + 2] = four.z, out[i + 3] = four.w;
+    for (int i = 2 * kRun - 1; i >= 0; --i) {  // shifts in a sign; that of a NaN is cleared
+      const float difference = fabsf(values_[i / kRun][i % kRun]) - float_of(probe);
+      is_below = __funnelshift_l(bits_of(difference), is_below, 1);
     }
+    return ~is_below & 0xffffu;
   }
 
-  __device__ float value(int i) const { return values_[i / kRun][i % kRun]; }
+  // Of the first element of a run.
+  __device__ int index_of(int half) const { return first_index_ + half * (kBucket / 2); }
 
-  __device__ int index_of(int half) const {
-    return bucket_ * kRegisterBucket + half * (kRegisterBucket / 2) + quarter_ * kRun;
+  // Where an element lies in `accumulators_`. Fours of elements are swapped in every other bucket,
+  // so that eight threads that access fours together find them in different banks.
+  __device__ static uint32_t place_of(uint32_t index) { return index ^ (index / kBucket % 2 * 4); }
+  __device__ float4& own_four(int half, int i) const {
+    return *reinterpret_cast<float4*>(accumulators_ + ((index_of(half) + i) ^ swap_));
+  }
+
+  // What this thread holds of the error feedback.
+  __device__ uint2* codes() const {
+    uint8_t* const error = block_.p.error + int64_t{block_.index} * (kBlock / 2);
+    return reinterpret_cast<uint2*>(error) + threadIdx.x;
+  }
+  __device__ BFloat16* error_min() const { return of_bucket(block_.p.error_min); }
+  __device__ BFloat16* error_max() const { return of_bucket(block_.p.error_max); }
+  __device__ BFloat16* of_bucket(BFloat16* limits) const {
+    return limits + int64_t{block_.index} * (kBlock / kBucket) + threadIdx.x / 4;
   }
 
   const Block& block_;
-  int bucket_;
-  int quarter_;
-  Run grad_[2];
+  float* accumulators_;
+  Entry* window_;
+  int first_index_;  // of the run in the first half
+  int swap_;         // the bit in which places and indices of this thread's elements differ
+  Entry entries_[kEntriesPerThread];
+  Run<Grad> grad_[2];
   uint2 codes_;  // of the error feedback, with their bucket's range
   BFloat16 error_min_;
   BFloat16 error_max_;
@@ -294,112 +337,116 @@ class RegisterBlock {
 };
 
 // A block of any length with buckets of any size. Nothing is kept: every pass reads it again.
+template <class Param, class Grad>
 class MemoryBlock {
  public:
-  __device__ explicit MemoryBlock(const Block& block) : block_(block) {}
+  __device__ MemoryBlock(const Block& block, Shared& shared)
+      : block_(block), taken_(shared.selection.taken) {
+    for (int w = threadIdx.x; w < (block.length + 31) / 32; w += kThreads) taken_[w] = 0;
+  }
 
   __device__ void accumulate(float inv_scale) { inv_scale_ = inv_scale; }
 
-  __device__ bool is_finite() const {
-    uint32_t largest = 0;
-    for_each_magnitude([&](uint32_t magnitude) { largest = max(largest, magnitude); });
-    return largest < bits_of(kMaxMagnitude);
-  }
-
   __device__ int count_reaching(uint32_t probe) const {
     int count = 0;
-    for_each_magnitude([&](uint32_t magnitude) { count += magnitude >= probe; });
+    for_each_reaching(probe, [&](int, uint32_t) { ++count; });
     return count;
   }
 
   template <class Function>
-  __device__ void for_each_magnitude(Function function) const {
+  __device__ void for_each_reaching(uint32_t probe, Function function) const {
 #pragma unroll 1
     for (int i = threadIdx.x; i < block_.length; i += kThreads) {
-      function(magnitude_bits(accumulator(i)));
+      const uint32_t own = magnitude(i);
+      if (own >= probe) function(i, own);
     }
   }
 
-  __device__ void mark(uint32_t kth, Selection& selection) const {
-    for (int first = 32 * warp(); first < block_.length; first += kThreads) {
-      const int i = first + lane();
-      const bool is_inside = i < block_.length;
-      const uint32_t magnitude = is_inside ? magnitude_bits(accumulator(i)) : 0;
-      const uint32_t above = __ballot_sync(kAllLanes, is_inside && magnitude > kth);
-      const uint32_t equal = __ballot_sync(kAllLanes, is_inside && magnitude == kth);
-      if (lane() == 0) {
-        selection.above[first / 32] = above;
-        selection.equal[first / 32] = equal;
-      }
-    }
+  __device__ uint32_t magnitude(int i) const { return magnitude_bits(accumulator(i)); }
+
+  __device__ float take(int i) {
+    atomicOr(&taken_[i / 32], 1u << (i % 32));
+    return accumulator(i);
   }
 
-  template <class Emit>
-  __device__ void take_selected(const Selection& selection, Emit emit) {
-    selected_ = selection.above;
-    for (int i = threadIdx.x; i < block_.length; i += kThreads) {
-      if (!is_selected(i)) continue;
-      const uint32_t before = selected_[i / 32] & ((1u << (i % 32)) - 1);
-      emit(selection.equal[i / 32] + __popc(before), i, accumulator(i));
-    }
-    __syncthreads();  // store_error writes over what accumulator() reads
-  }
-
-  // A thread takes a bucket.
+  // A warp takes a bucket.
   __device__ void store_error() const {
     const int size = block_.s.bucket_size, half = size / 2;
     const int num_buckets = (block_.length + size - 1) / size;
-    for (int bucket = threadIdx.x; bucket < num_buckets; bucket += kThreads) {
+    for (int bucket = warp(); bucket < num_buckets; bucket += kWarps) {
       const int first = bucket * size;
       const int last = min(first + size, block_.length) - 1;
-      float low = residual(first), high = low;
+      // A bucket that is short repeats its last value.
+      const float last_residual = residual(last);
+      float low = last_residual, high = low;
 #pragma unroll 1
-      for (int i = first + 1; i <= last; ++i) {
+      for (int i = first + lane(); i < last; i += 32) {
         const float value = residual(i);
         low = fminf(low, value), high = fmaxf(high, value);
+      }
+#pragma unroll
+      for (int distance = 1; distance < 32; distance *= 2) {
+        low = fminf(low, __shfl_xor_sync(kAllLanes, low, distance));
+        high = fmaxf(high, __shfl_xor_sync(kAllLanes, high, distance));
       }
       low = to_float(round_to<BFloat16>(low));
       high = to_float(round_to<BFloat16>(high));
       const float inverse = inverse_unit(quantization_unit(low, high));
-      // A bucket that is short repeats its last value, which is read before it is written over.
-      const float last_residual = residual(last);
+      // The codes of this lane lie where those of the same elements lay, and nobody else reads
+      // them.
 #pragma unroll 1
-      for (int i = first; i < first + half; ++i) {
+      for (int j = lane(); j < half; j += 32) {
+        const int i = first + j;
         const float value = i < last ? residual(i) : last_residual;
         const float second_value = i + half < last ? residual(i + half) : last_residual;
-        block_.error()[i - first + bucket * half] = static_cast<uint8_t>(
+        block_.error()[bucket * half + j] = static_cast<uint8_t>(
             quantize(value, low, inverse) | (quantize(second_value, low, inverse) << 4));
       }
-      block_.error_min()[bucket] = round_to<BFloat16>(low * block_.s.kept_share);
-      block_.error_max()[bucket] = round_to<BFloat16>(high * block_.s.kept_share);
+      __syncwarp();  // the range was read with the codes
+      if (lane() == 0) {
+        block_.error_min()[bucket] = round_to<BFloat16>(low * block_.s.kept_share);
+        block_.error_max()[bucket] = round_to<BFloat16>(high * block_.s.kept_share);
+      }
     }
+  }
+
+  __device__ Entry entry(int e) const {
+    const int position = position_of(e);
+    return {block_.window_indices()[position], block_.window_values()[position]};
+  }
+  __device__ void set_entry(int e, Entry entry) {
+    const int position = position_of(e);
+    block_.window_indices()[position] = entry.index;
+    block_.window_values()[position] = entry.value;
   }
 
   // Subtracts the updates, those of the elements [begin, end), from the parameter.
   __device__ void apply(const float* updates, int begin, int end, float decay,
                         Rounding rounding) const {
-    const Settings& s = block_.s;
+    const int64_t first = block_.first();
+    Param* const params = static_cast<Param*>(block_.p.values) + first;
     for (int i = begin + threadIdx.x; i < end; i += kThreads) {
-      const float update = updates[i - begin];
-      if (update == 0.0f && decay == 1.0f) continue;
-      const int64_t element = block_.first() + i;
-      const float value = load(s.param_dtype, block_.p.values, element);
-      store(s.param_dtype, block_.p.values, element, value * decay - update, rounding);
+      const float value = to_float(params[i]) * decay - updates[i - begin];
+      params[i] = rounded<Param>(value, first + i, rounding);
     }
   }
 
  private:
   __device__ float accumulator(int i) const {
-    return load(block_.s.grad_dtype, block_.p.grad, block_.first() + i) * inv_scale_ +
-           block_.feedback(i);
+    const Grad* const grad = static_cast<const Grad*>(block_.p.grad) + block_.first();
+    return to_float(grad[i]) * inv_scale_ + block_.feedback(i);
   }
 
-  __device__ bool is_selected(int i) const { return (selected_[i / 32] >> (i % 32)) & 1u; }
-  __device__ float residual(int i) const { return is_selected(i) ? 0.0f : accumulator(i); }
+  // In memory a slot has room for the entries of the longest block.
+  __device__ int position_of(int e) const { return e + e / block_.k * (block_.p.k - block_.k); }
+
+  __device__ float residual(int i) const {
+    return (taken_[i / 32] >> (i % 32)) & 1u ? 0.0f : accumulator(i);
+  }
 
   const Block& block_;
+  uint32_t* taken_;
   float inv_scale_ = 1.0f;
-  const uint32_t* selected_ = nullptr;
 };
 
 }  // namespace

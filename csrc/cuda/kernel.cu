@@ -1,11 +1,14 @@
-// One step of all top-k blocks of up to kMaxParameters parameters: one thread block each.
+// One step of all top-k blocks of up to kManyParameters parameters: one thread block each.
 //
-// A full block of the default size lives in registers from its gradient to its new error feedback
-// (RegisterBlock), so that every byte moves once. Blocks of any other length or bucket size, and
-// the tails of parameters, are read again in every pass (MemoryBlock): simple, and slower.
+// A full block of the default size stays in registers from its gradient to its new error feedback
+// and shared memory (RegisterBlock), so that every byte moves once. Blocks of any other length or
+// bucket size, and the tails of parameters, are read again in every pass (MemoryBlock): simple, and
+// slower.
 //
 // Everything is deterministic: where threads meet in an atomic operation, their order changes
 // nothing but the place of a candidate in a list that is only counted.
+#include <algorithm>
+
 #include "kernel.h"
 #include "selection.cuh"
 
@@ -44,13 +47,20 @@ __device__ float age_weight(const Beta& beta, int age) {
   return age < kNumAges ? beta.ages[age] : static_cast<float>(power(beta, age));
 }
 
-// Computed by one warp, while the others wait for their gradients.
-__device__ void compute_factors(const Settings& s, uint32_t step, Shared& shared) {
-  if (threadIdx.x < 2) {
-    const Beta& beta = threadIdx.x == 0 ? s.beta1 : s.beta2;
+// Computed by few threads, while all wait for their gradients.
+__device__ void compute_scalars(const Settings& s, const int64_t* step_counter, Shared& shared) {
+  const int thread = rotated_thread();
+  if (thread > 2) return;
+  const uint32_t step = static_cast<uint32_t>(*step_counter);
+  if (thread < 2) {
+    const Beta& beta = thread == 0 ? s.beta1 : s.beta2;
     const float factor = static_cast<float>(beta.complement / (1.0 - power(beta, step)));
-    (threadIdx.x == 0 ? shared.factors.first : shared.factors.second) = factor;
-  } else if (threadIdx.x == 2) {
+    (thread == 0 ? shared.factors.first : shared.factors.second) = factor;
+  } else {
+    const uint32_t window_size = static_cast<uint32_t>(s.window_size);
+    shared.step = step;
+    shared.num_slots = static_cast<int>(min(step, window_size));
+    shared.newest_slot = static_cast<int>((step - 1) % window_size);
     const double lr = s.lr_tensor.value == nullptr ? s.lr : value_of(s.lr_tensor);
     shared.factors.lr = static_cast<float>(lr);
     shared.factors.eps = s.eps;
@@ -62,172 +72,228 @@ __device__ void compute_factors(const Settings& s, uint32_t step, Shared& shared
 // ---------------------------------------------------------------------------------------------
 // The window
 
-// Where entry `e` lies in the window's memory, counted over the entries that the block uses. Slots
-// have room for the entries of the longest block.
-__device__ int64_t window_position(const Block& block, int e) {
-  const int gap = block.p.k - block.k;
-  return block.entry(0, 0) + e + (gap == 0 ? 0 : e / block.k * gap);
-}
-
-// What goes to shared memory: the first entries of the window, as many as have room. All slots, so
-// that nobody waits to hear which is the newest; that one is written over once it is known.
-__device__ void fetch_window(const Block& block, Entry (&own)[kStagedPerThread]) {
-#pragma unroll
-  for (int i = 0; i < kStagedPerThread; ++i) {
-    const int e = threadIdx.x + i * kThreads;
-    if (e >= block.s.window_size * block.k) continue;
-    const int64_t position = window_position(block, e);
-    own[i] = {block.p.window_indices[position], block.p.window_values[position]};
-  }
-}
-
-__device__ void stage_window(const Entry (&own)[kStagedPerThread], Shared& shared) {
-#pragma unroll
-  for (int i = 0; i < kStagedPerThread; ++i) shared.staged[threadIdx.x + i * kThreads] = own[i];
-}
-
-__device__ Entry window_entry(const Block& block, const Shared& shared, int e) {
-  if (e < kMaxStaged) return shared.staged[e];
-  const int64_t position = window_position(block, e);
-  return {block.p.window_indices[position], block.p.window_values[position]};
-}
-
-// Writes the updates of the elements [begin, end), at most kMomentChunk, into moments.first.
-__device__ void compute_updates(const Block& block, int begin, int end, Shared& shared) {
+// Sums the moments of the elements [begin, end) up, one slot after the other, so that sums have one
+// order. No coordinate repeats within a slot, but for the zeros of one that was never written.
+template <int kNumThreads, class Elements>
+__device__ void sum_moments(const Block& block, const Elements& elements, int begin, int end,
+                            Shared& shared) {
   const Settings& s = block.s;
-  const int num_slots = block.num_slots(), newest_slot = block.newest_slot;
   Moments& moments = shared.moments;
-  const int size = end - begin;
-  __syncthreads();  // what lay here before is not needed any more
-  for (int i = threadIdx.x; i < (size + 3) / 4; i += kThreads) {
-    reinterpret_cast<float4*>(moments.first)[i] = {0.0f, 0.0f, 0.0f, 0.0f};
-    reinterpret_cast<float4*>(moments.second)[i] = {0.0f, 0.0f, 0.0f, 0.0f};
-  }
-  // No coordinate repeats within a slot, but for the zeros of one that was never written; one slot
-  // after the other, sums have one order.
+  const int thread = rotated_thread();
+  if (thread >= kNumThreads) return;
+  const int num_slots = shared.num_slots;
+  int age = shared.newest_slot;
+#pragma unroll 1
   for (int slot = 0; slot < num_slots; ++slot) {
-    __syncthreads();
-    for (int j = threadIdx.x; j < block.k; j += kThreads) {
-      const Entry entry = window_entry(block, shared, slot * block.k + j);
-      const int i = entry.index - begin;
-      if (i < 0 || i >= size) continue;
-      const int difference = newest_slot - slot;
-      const int age = difference < 0 ? difference + s.window_size : difference;
+    const float first_weight = age_weight(s.beta1, age), second_weight = age_weight(s.beta2, age);
+#pragma unroll 1
+    for (int j = thread; j < block.k; j += kNumThreads) {
+      const Entry entry = elements.entry(slot * block.k + j);
       const float value = to_float(entry.value);
-      if (value == 0.0f) continue;
-      moments.first[i] += value * age_weight(s.beta1, age);
+      const int i = entry.index - begin;
+      if (i < 0 || i >= end - begin || value == 0.0f) continue;
+      moments.first[i] += value * first_weight;
       // The weight first: it may be 0, and the square infinite.
-      moments.second[i] += value * age_weight(s.beta2, age) * value;
+      moments.second[i] += value * second_weight * value;
+    }
+    age = age == 0 ? s.window_size - 1 : age - 1;
+    if constexpr (kNumThreads == 32) {
+      __syncwarp();
+    } else {
+      __syncthreads();
     }
   }
-  __syncthreads();
-  for (int e = threadIdx.x; e < num_slots * block.k; e += kThreads) {
-    const int i = window_entry(block, shared, e).index - begin;
-    if (i < 0 || i >= size) continue;
-    // The first to come takes a coordinate; sums of squares are never negative.
-    const float second = atomicExch(&moments.second[i], -1.0f);
-    if (second < 0.0f) continue;
-    moments.first[i] = parameter_update(moments.first[i], second, shared.factors);
-  }
-  __syncthreads();
-  if (shared.feedback_rate == 0.0f) return;
+}
+
+// Updates the parameter.
+template <class Param, class Elements>
+__device__ void apply_window(const Block& block, const Elements& elements, Shared& shared) {
+  const Settings& s = block.s;
+  const Rounding rounding = {s.stochastic_rounding, {s.seed, block.p.ordinal, shared.step}};
+  const int num_entries = shared.num_slots * block.k;
+  // Usually no element changes but those in the window.
+  const bool is_dense = shared.decay != 1.0f || shared.feedback_rate != 0.0f;
+  Moments& moments = shared.moments;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < size; i += kThreads) {
-    moments.first[i] += shared.feedback_rate * block.feedback(begin + i);
+  for (int begin = 0; begin < block.length; begin += kMomentChunk) {
+    const int end = min(block.length, begin + kMomentChunk), size = end - begin;
+    __syncthreads();  // what lay here before is not needed any more
+    if (is_dense) {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < (size + 3) / 4; i += kThreads) {
+        reinterpret_cast<float4*>(moments.first)[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+        reinterpret_cast<float4*>(moments.second)[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+      }
+    } else {
+#pragma unroll 1
+      for (int e = threadIdx.x; e < num_entries; e += kThreads) {
+        const int i = elements.entry(e).index - begin;
+        if (0 <= i && i < size) moments.first[i] = 0.0f, moments.second[i] = 0.0f;
+      }
+    }
+    __syncthreads();
+    // The few entries of a usual slot are left to one warp, which need not wait for others.
+    if (block.k <= 64) {
+      sum_moments<32>(block, elements, begin, end, shared);
+    } else {
+      sum_moments<kThreads>(block, elements, begin, end, shared);
+    }
+    __syncthreads();
+    const int64_t first = block.first() + begin;
+    Param* const params = static_cast<Param*>(block.p.values) + first;
+#pragma unroll 1
+    for (int e = threadIdx.x; e < num_entries; e += kThreads) {
+      const int i = elements.entry(e).index - begin;
+      if (i < 0 || i >= size) continue;
+      // The first to come takes a coordinate; sums of squares are never negative.
+      const float second = atomicExch(&moments.second[i], -1.0f);
+      if (second < 0.0f) continue;
+      const float update = parameter_update(moments.first[i], second, shared.factors);
+      if (is_dense) {
+        moments.first[i] = update;
+      } else if (update != 0.0f) {
+        params[i] = rounded<Param>(to_float(params[i]) - update, first + i, rounding);
+      }
+    }
+    if (!is_dense) continue;
+    __syncthreads();
+    if (shared.feedback_rate != 0.0f) {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < size; i += kThreads) {
+        moments.first[i] += shared.feedback_rate * block.feedback(begin + i);
+      }
+      __syncthreads();
+    }
+    elements.apply(moments.first, begin, end, shared.decay, rounding);
   }
-  __syncthreads();
 }
 
 // ---------------------------------------------------------------------------------------------
 // Kernels
 
-template <class Elements>
-__device__ void step_block(Block block, Shared& shared) {
+template <class Param, class Elements>
+__device__ void step_block(const Block& block, Shared& shared) {
   const Settings& s = block.s;
-  if (threadIdx.x == 0) shared.num_candidates = 0, shared.kth = ~0u, shared.wanted = ~0u;
   // All that the first phase needs is asked for before any of it is used.
-  Entry own_entries[kStagedPerThread] = {};
-  fetch_window(block, own_entries);
   const float guess = *block.threshold();
-  Elements elements(block);
-  block.read_step();
-  compute_factors(s, block.step, shared);
-  stage_window(own_entries, shared);
+  Elements elements(block, shared);
+  compute_scalars(s, block.p.step, shared);
   elements.accumulate(inverse_scale(s.grad_scale));
-  if (__syncthreads_or(!elements.is_finite())) {
+  const bool is_finite =
+      select(elements, block, guess, shared, [&](int position, int index, float value) {
+        elements.set_entry(shared.newest_slot * block.k + position,
+                           {static_cast<int16_t>(index), round_to<BFloat16>(value)});
+      });
+  if (!is_finite) {
     if (threadIdx.x == 0) atomicAdd(s.num_skipped_blocks, 1ull);
     return;
   }
-
-  const uint32_t kth = kth_magnitude(elements, block, guess, shared);
-  elements.mark(kth, shared.selection);
-  __syncthreads();
-  select(block, shared);
-  const int newest_slot = block.newest_slot;
-  elements.take_selected(shared.selection, [&](int position, int index, float value) {
-    const Entry entry = {static_cast<int16_t>(index), round_to<BFloat16>(value)};
-    const int64_t target = block.entry(newest_slot, position);
-    block.p.window_indices[target] = entry.index;
-    block.p.window_values[target] = entry.value;
-    const int e = newest_slot * block.k + position;
-    if (e < kMaxStaged) shared.staged[e] = entry;
-  });
   elements.store_error();
-
-  const Rounding rounding = {s.stochastic_rounding, {s.seed, block.p.ordinal, block.step}};
-  for (int begin = 0; begin < block.length; begin += kMomentChunk) {
-    const int end = min(block.length, begin + kMomentChunk);
-    compute_updates(block, begin, end, shared);
-    elements.apply(shared.moments.first, begin, end, shared.decay, rounding);
-  }
+  apply_window<Param>(block, elements, shared);
 }
 
 // Not inlined, so that it takes no registers from the kernel's main path.
+template <class Param, class Grad>
 __device__ __noinline__ void step_memory_block(const Settings& s, const Parameter& p, int index,
                                                Shared& shared) {
-  step_block<MemoryBlock>(Block(s, p, index), shared);
+  step_block<Param, MemoryBlock<Param, Grad>>(Block(s, p, index), shared);
 }
 
-// Counts the step before step_kernel reads it: its blocks must not race with the one that counts.
-__global__ void count_step_kernel(const __grid_constant__ Launch launch) {
-  if (is_set(launch.settings.found_inf)) return;
+__global__ void count_kernel(const __grid_constant__ Counters counters) {
+  if (is_set(counters.found_inf)) return;
   const int i = threadIdx.x;
-  if (i < launch.num_parameters) ++*launch.parameters[i].step;
+  if (i < counters.num_steps) ++*counters.steps[i];
 }
 
+// The parameter to which a block of the launch belongs: the last one that begins there or before.
+template <int kCapacity>
+__device__ int parameter_of(const Launch<kCapacity>& launch, int block) {
+  int parameter = 0;
+  for (int end = launch.num_parameters; end - parameter > 1;) {
+    const int middle = (parameter + end) / 2;
+    (launch.parameters[middle].first_block <= block ? parameter : end) = middle;
+  }
+  return parameter;
+}
+
+template <int kCapacity, class Param, class Grad>
 __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm)
-    step_kernel(const __grid_constant__ Launch launch) {
+    step_kernel(const __grid_constant__ Launch<kCapacity> launch) {
   __shared__ Shared shared;
   const Settings& s = launch.settings;
   if (is_set(s.found_inf)) return;
-  int parameter = 0;  // the last one that begins at this block or before
-  for (int end = launch.num_parameters; end - parameter > 1;) {
-    const int middle = (parameter + end) / 2;
-    const bool is_before = launch.parameters[middle].first_block <= static_cast<int>(blockIdx.x);
-    (is_before ? parameter : end) = middle;
-  }
-  const Parameter& p = launch.parameters[parameter];
+  clear_candidates(shared);
+  if (rotated_thread() == 0) shared.parameter = parameter_of(launch, blockIdx.x);
+  __syncthreads();
+  const Parameter& p = launch.parameters[shared.parameter];
   const Block block(s, p, blockIdx.x - p.first_block);
-  if (block.length == kRegisterBlock && s.bucket_size == kRegisterBucket &&
-      is_aligned(p.values, 16) && is_aligned(p.error, 8)) {
-    step_block<RegisterBlock>(block, shared);
+  if (RegisterBlock<Param, Grad>::can_hold(block)) {
+    step_block<Param, RegisterBlock<Param, Grad>>(block, shared);
   } else {
-    step_memory_block(s, p, blockIdx.x - p.first_block, shared);
+    step_memory_block<Param, Grad>(s, p, block.index, shared);
   }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Launches
+
+template <int kCapacity>
+using Kernel = void (*)(Launch<kCapacity>);
+
+template <int kCapacity, class Param>
+Kernel<kCapacity> kernel_for(Dtype grad) {
+  switch (grad) {
+    case Dtype::kBFloat16:
+      return step_kernel<kCapacity, Param, BFloat16>;
+    case Dtype::kFloat16:
+      return step_kernel<kCapacity, Param, Float16>;
+    default:
+      return step_kernel<kCapacity, Param, float>;
+  }
+}
+
+template <int kCapacity>
+Kernel<kCapacity> kernel_for(Dtype param, Dtype grad) {
+  switch (param) {
+    case Dtype::kBFloat16:
+      return kernel_for<kCapacity, BFloat16>(grad);
+    case Dtype::kFloat16:
+      return kernel_for<kCapacity, Float16>(grad);
+    default:
+      return kernel_for<kCapacity, float>(grad);
+  }
+}
+
+template <int kCapacity>
+cudaError_t launch_step(const Settings& settings, const Parameter* parameters, int num_parameters,
+                        const cudaLaunchConfig_t& config) {
+  Launch<kCapacity> launch;
+  launch.settings = settings;
+  launch.num_parameters = num_parameters;
+  std::copy(parameters, parameters + num_parameters, launch.parameters);
+  return cudaLaunchKernelEx(
+      &config, kernel_for<kCapacity>(settings.param_dtype, settings.grad_dtype), launch);
 }
 
 }  // namespace
 
-cudaError_t step(const Launch& launch, int num_blocks, cudaStream_t stream) {
+cudaError_t count(const Counters& counters, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.stream = stream;
   config.gridDim = dim3(1);
-  config.blockDim = dim3(kMaxParameters);
-  const cudaError_t status = cudaLaunchKernelEx(&config, count_step_kernel, launch);
-  if (status != cudaSuccess || num_blocks == 0) return status;
+  config.blockDim = dim3(kMaxCounters);
+  return cudaLaunchKernelEx(&config, count_kernel, counters);
+}
+
+cudaError_t step(const Settings& settings, const Parameter* parameters, int num_parameters,
+                 int num_blocks, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.stream = stream;
   config.gridDim = dim3(num_blocks);
   config.blockDim = dim3(kThreads);
-  return cudaLaunchKernelEx(&config, step_kernel, launch);
+  const auto launch =
+      num_parameters <= kFewParameters ? launch_step<kFewParameters> : launch_step<kManyParameters>;
+  return launch(settings, parameters, num_parameters, config);
 }
 
 }  // namespace microadam::cuda

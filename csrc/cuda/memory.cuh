@@ -1,5 +1,4 @@
-// Reads and writes of float32, bfloat16 and float16, whose dtype is known when a kernel runs: a
-// branch that all threads take together costs less than nine kernels.
+// Reads and writes of float32, bfloat16 and float16: one by one, and in runs of 8.
 #pragma once
 
 #include "../parameter.h"
@@ -9,15 +8,8 @@ namespace {
 
 constexpr int kRun = 8;  // consecutive elements that a thread loads at once
 
-__device__ float load(Dtype dtype, const void* values, int64_t i) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return to_float(static_cast<const BFloat16*>(values)[i]);
-    case Dtype::kFloat16:
-      return to_float(static_cast<const Float16*>(values)[i]);
-    default:
-      return static_cast<const float*>(values)[i];
-  }
+__device__ bool is_aligned(const void* pointer, size_t size) {
+  return reinterpret_cast<uintptr_t>(pointer) % size == 0;
 }
 
 // How a parameter is rounded to its dtype.
@@ -26,43 +18,51 @@ struct Rounding {
   RoundingKey key;
 };
 
-// Runs of 8 elements: 16 bytes, or 32 of float32.
+// Element `i` of a parameter.
 template <class T>
-constexpr int kWordsOfRun = kRun * sizeof(T) / sizeof(uint32_t);
+__device__ T rounded(float value, int64_t i, Rounding rounding) {
+  return rounding.is_stochastic ? round_stochastically<T>(value, random_bits(rounding.key, i))
+                                : round_to<T>(value);
+}
 
-// A run as it lies in memory. It is fetched and converted in two calls, so that a thread waits for
-// all that it has asked for at once.
+// Eight elements as they lie in memory. They are fetched and converted in two calls, so that a
+// thread waits for all that it has asked for at once.
+template <class T>
 struct Run {
-  uint32_t words[kRun];  // of 16-bit floats the first half
+  static constexpr int kWords = kRun * sizeof(T) / sizeof(uint32_t);
+  uint32_t words[kWords];
 };
 
-__device__ Run fetch_run(Dtype dtype, const void* values, int64_t first) {
-  const bool is_float32 = dtype == Dtype::kFloat32;
-  const char* begin = static_cast<const char*>(values) + first * (is_float32 ? 4 : 2);
-  const uint4* source = reinterpret_cast<const uint4*>(begin);
-  const uint4 low = source[0];
-  uint4 high = {0, 0, 0, 0};
-  if (is_float32) high = source[1];
-  return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+template <class T>
+__device__ Run<T> fetch_run(const T* values) {
+  Run<T> run;
+  const uint4* source = reinterpret_cast<const uint4*>(values);
+#pragma unroll
+  for (int i = 0; i < Run<T>::kWords; i += 4) {
+    const uint4 four = source[i / 4];
+    run.words[i] = four.x, run.words[i + 1] = four.y;
+    run.words[i + 2] = four.z, run.words[i + 3] = four.w;
+  }
+  return run;
 }
 
 // The same where the run does not begin at a multiple of 16 bytes.
-__device__ Run fetch_unaligned_run(Dtype dtype, const void* values, int64_t first) {
-  Run run = {};
+template <class T>
+__device__ Run<T> fetch_unaligned_run(const T* values) {
+  Run<T> run = {};
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
-    if (dtype == Dtype::kFloat32) {
-      run.words[i] = static_cast<const uint32_t*>(values)[first + i];
+    if constexpr (sizeof(T) == 4) {
+      run.words[i] = bits_of(values[i]);
     } else {
-      const uint32_t bits = static_cast<const uint16_t*>(values)[first + i];
-      run.words[i / 2] |= bits << (16 * (i % 2));
+      run.words[i / 2] |= uint32_t{values[i].bits} << (16 * (i % 2));
     }
   }
   return run;
 }
 
 template <class T>
-__device__ void convert_run(const Run& run, float (&out)[kRun]) {
+__device__ void convert_run(const Run<T>& run, float (&out)[kRun]) {
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
     if constexpr (sizeof(T) == 4) {
@@ -73,21 +73,10 @@ __device__ void convert_run(const Run& run, float (&out)[kRun]) {
   }
 }
 
-__device__ void convert_run(Dtype dtype, const Run& run, float (&out)[kRun]) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return convert_run<BFloat16>(run, out);
-    case Dtype::kFloat16:
-      return convert_run<Float16>(run, out);
-    default:
-      return convert_run<float>(run, out);
-  }
-}
-
 // `first` is a multiple of 8: one call of Philox gives the random bits of a run.
 template <class T>
 __device__ void store_run(void* values, int64_t first, const float (&in)[kRun], Rounding rounding) {
-  uint32_t words[kWordsOfRun<T>] = {};
+  uint32_t words[Run<T>::kWords] = {};
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
     for (int i = 0; i < kRun; ++i) words[i] = bits_of(in[i]);
@@ -107,44 +96,9 @@ __device__ void store_run(void* values, int64_t first, const float (&in)[kRun], 
   }
   uint4* target = reinterpret_cast<uint4*>(static_cast<T*>(values) + first);
 #pragma unroll
-  for (int i = 0; i < kWordsOfRun<T>; i += 4) {
+  for (int i = 0; i < Run<T>::kWords; i += 4) {
     target[i / 4] = {words[i], words[i + 1], words[i + 2], words[i + 3]};
   }
-}
-
-__device__ void store_run(Dtype dtype, void* values, int64_t first, const float (&in)[kRun],
-                          Rounding rounding) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return store_run<BFloat16>(values, first, in, rounding);
-    case Dtype::kFloat16:
-      return store_run<Float16>(values, first, in, rounding);
-    default:
-      return store_run<float>(values, first, in, rounding);
-  }
-}
-
-template <class T>
-__device__ T rounded(float value, int64_t i, Rounding rounding) {
-  return rounding.is_stochastic ? round_stochastically<T>(value, random_bits(rounding.key, i))
-                                : round_to<T>(value);
-}
-
-__device__ void store(Dtype dtype, void* values, int64_t i, float value, Rounding rounding) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      static_cast<BFloat16*>(values)[i] = rounded<BFloat16>(value, i, rounding);
-      break;
-    case Dtype::kFloat16:
-      static_cast<Float16*>(values)[i] = rounded<Float16>(value, i, rounding);
-      break;
-    default:
-      static_cast<float*>(values)[i] = value;
-  }
-}
-
-__device__ bool is_aligned(const void* pointer, size_t size) {
-  return reinterpret_cast<uintptr_t>(pointer) % size == 0;
 }
 
 }  // namespace

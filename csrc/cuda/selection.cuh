@@ -17,78 +17,109 @@ __device__ int sum_over_block(int value, uint32_t* partial_sums) {
   return static_cast<int>(total);
 }
 
-// The k-th largest magnitude, as bits. Leaves a guess at it for the next step in *threshold.
-//
-// The guess of the last step usually leaves a few more than k candidates. Else bisection over the
-// bits finds a magnitude that does, or, where too many are equal, the k-th itself.
+// Before the first list, and before another.
+__device__ void clear_candidates(Shared& shared) {
+  shared.selection.candidates[threadIdx.x] = 0;
+  shared.selection.indices[threadIdx.x] = kMaxBlockSize;
+  if (threadIdx.x == 0) shared.num_candidates = 0, shared.is_finite = true;
+}
+
+// Counts the elements that reach `probe` and lists as many as there is room for. The order of the
+// list is left to chance. One candidate is greater than another where it is selected before it.
 template <class Elements>
-__device__ uint32_t kth_magnitude(const Elements& elements, const Block& block, float guess,
-                                  Shared& shared) {
-  const int k = block.k;
-  uint32_t low = 0,
-           high = bits_of(kMaxMagnitude);  // `low` is reached by k or more, `high` by fewer
-  uint32_t probe = min(max(magnitude_bits(guess), 1u), high - 1);
-  int own_count, count;
-  for (int round = 0;; ++round) {
-    own_count = elements.count_reaching(probe);
-    count = sum_over_block(own_count, shared.partial_sums[round % 2]);
-    if (count >= k && count <= kMaxCandidates) break;
-    (count < k ? high : low) = probe;
-    if (high - low == 1) {
-      if (threadIdx.x == 0) *block.threshold() = float_of(low);
-      return low;
+__device__ void list_candidates(const Elements& elements, uint32_t probe, Shared& shared) {
+  const int own_count = elements.count_reaching(probe);
+  if (own_count == 0) return;
+  uint32_t position = atomicAdd(&shared.num_candidates, static_cast<uint32_t>(own_count));
+  elements.for_each_reaching(probe, [&](int index, uint32_t magnitude) {
+    if (position < kMaxCandidates) {
+      shared.selection.candidates[position] =
+          uint64_t{magnitude} << 32 | static_cast<uint32_t>(kMaxBlockSize - index);
     }
-    probe = low + (high - low) / 2;
-  }
+    ++position;
+  });
+}
 
-  uint32_t* candidates = shared.selection.candidates;
-  if (own_count != 0) {
-    uint32_t position = atomicAdd(&shared.num_candidates, static_cast<uint32_t>(own_count));
-    elements.for_each_magnitude([&](uint32_t magnitude) {
-      if (magnitude >= probe) candidates[position++] = magnitude;
-    });
-  }
-  __syncthreads();
-
-  // A magnitude of rank r is the smallest of those that fewer than r others exceed.
-  const int num_wanted = min(block.length, k + 3 * static_cast<int>(sqrtf(float(k))) + 1);
-  const int own = threadIdx.x;
-  uint32_t kth = ~0u, wanted = ~0u;
+// From a list with k candidates or more: takes the k largest, calls emit(position, index, value)
+// for each, and leaves a guess for the next step. False, and nothing else has happened, where one
+// is not finite.
+template <class Elements, class Emit>
+__device__ bool take_candidates(Elements& elements, const Block& block, int count, Shared& shared,
+                                Emit emit) {
+  const int k = block.k;
+  Selection& selection = shared.selection;
+  const int own = rotated_thread();
+  int rank = count, index = 0, num_wanted = 0;
+  float value = 0.0f;
   if (own < count) {
-    int num_greater = 0;
-    for (int i = 0; i < count; ++i) num_greater += candidates[i] > candidates[own];
-    if (num_greater < k) kth = candidates[own];
-    if (num_greater < num_wanted) wanted = candidates[own];
-  }
-  kth = __reduce_min_sync(kAllLanes, kth);
-  wanted = __reduce_min_sync(kAllLanes, wanted);
-  if (lane() == 0) {
-    atomicMin(&shared.kth, kth);
-    atomicMin(&shared.wanted, wanted);
+    const uint64_t candidate = selection.candidates[own];
+    rank = 0;
+#pragma unroll 1
+    for (int i = 0; i < count; i += 4) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (selection.candidates[i + j] > candidate) ++rank;
+      }
+    }
+    const float magnitude = float_of(static_cast<uint32_t>(candidate >> 32));
+    if (!(magnitude < kMaxMagnitude)) shared.is_finite = false;
+    num_wanted = min(block.length, k + 3 * static_cast<int>(sqrtf(float(k))) + 1);
+    if (rank == k - 1) shared.kth = magnitude;
+    if (rank == min(count, num_wanted) - 1) shared.wanted = magnitude;
+    if (rank < k) {
+      index = kMaxBlockSize - static_cast<int>(candidate & 0xffffu);
+      value = elements.take(index);
+      selection.indices[rank] = index;
+    }
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    float threshold = float_of(shared.wanted);
+  if (!shared.is_finite) return false;
+  if (rank < k) {
+    int position = 0;
+#pragma unroll 1
+    for (int i = 0; i < k; i += 4) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (selection.indices[i + j] < index) ++position;
+      }
+    }
+    emit(position, index, value);
+  }
+  if (own == 0) {
+    float threshold = shared.wanted;
     if (count < num_wanted) {
       // Continue the line from the k-th magnitude to the smallest candidate.
-      const float slope = (float_of(shared.kth) - threshold) / static_cast<float>(count - k + 1);
+      const float slope = (shared.kth - threshold) / static_cast<float>(count - k + 1);
       threshold =
           fmaxf(0.5f * threshold, threshold - slope * static_cast<float>(num_wanted - count));
     }
     *block.threshold() = threshold;
   }
-  return shared.kth;
+  return true;
 }
 
-// From the bitmaps of magnitudes above and equal to the k-th: which k elements are selected, the
-// first ones among equals, and how many of them precede each word.
-__device__ void select(const Block& block, Shared& shared) {
+// Where too many elements are equal to the k-th, or k is too large, for a list.
+template <class Elements, class Emit>
+__device__ void take_by_bitmaps(Elements& elements, const Block& block, uint32_t kth,
+                                Shared& shared, Emit emit) {
   Selection& selection = shared.selection;
+  for (int first = 32 * warp(); first < block.length; first += kThreads) {
+    const int i = first + lane();
+    const bool is_inside = i < block.length;
+    const uint32_t magnitude = is_inside ? elements.magnitude(i) : 0;
+    const uint32_t above = __ballot_sync(kAllLanes, is_inside && magnitude > kth);
+    const uint32_t equal = __ballot_sync(kAllLanes, is_inside && magnitude == kth);
+    if (lane() == 0) {
+      selection.above[first / 32] = above;
+      selection.equal[first / 32] = equal;
+    }
+  }
+  __syncthreads();
+
   const int num_words = (block.length + 31) / 32;
   const int words_per_thread = (num_words + kThreads - 1) / kThreads;
   const int begin = min(num_words, static_cast<int>(threadIdx.x) * words_per_thread);
   const int end = min(num_words, begin + words_per_thread);
-
   uint32_t own = 0;  // above in the low half, equal in the high half
 #pragma unroll 1     // one word a thread, unless blocks are longer than 8192
   for (int w = begin; w < end; ++w) {
@@ -111,20 +142,56 @@ __device__ void select(const Block& block, Shared& shared) {
     total += partial_sums[i];
   }
 
+  // The first ones among equals are taken.
   const uint32_t num_equal = block.k - (total & 0xffffu);
+  uint32_t equal_before = before >> 16;
+  uint32_t position = (before & 0xffffu) + min(num_equal, equal_before);
 #pragma unroll 1
   for (int w = begin; w < end; ++w) {
-    const uint32_t above = selection.above[w], equal = selection.equal[w];
-    const uint32_t num_taken = min(num_equal, before >> 16);
-    uint32_t selected = above, rest = equal;
-    for (uint32_t room = num_equal - num_taken; room != 0 && rest != 0; --room, rest &= rest - 1) {
-      selected |= rest & (~rest + 1);
+    const uint32_t equal = selection.equal[w];
+    for (uint32_t rest = selection.above[w] | equal; rest != 0; rest &= rest - 1) {
+      const uint32_t bit = rest & (~rest + 1);
+      if ((equal & bit) != 0 && equal_before++ >= num_equal) continue;
+      const int index = 32 * w + __popc(bit - 1);
+      emit(position++, index, elements.take(index));
     }
-    selection.above[w] = selected;
-    selection.equal[w] = (before & 0xffffu) + num_taken;
-    before += __popc(above) + (static_cast<uint32_t>(__popc(equal)) << 16);
   }
   __syncthreads();
+}
+
+// Selects, takes, and calls emit(position, index, value) for each element, positions in the order
+// of indices. False, and nothing has happened, where the block holds a NaN or an Inf.
+//
+// The guess of the last step usually leaves a few more than k candidates. Else bisection over the
+// bits finds a magnitude that does, or, where too many are equal, the k-th itself.
+template <class Elements, class Emit>
+__device__ bool select(Elements& elements, const Block& block, float guess, Shared& shared,
+                       Emit emit) {
+  const int k = block.k;
+  uint32_t low = 0,
+           high = bits_of(kMaxMagnitude);  // `low` is reached by k or more, `high` by fewer
+  uint32_t probe = min(max(magnitude_bits(guess), 1u), high - 1);
+  list_candidates(elements, probe, shared);
+  __syncthreads();
+  int count = static_cast<int>(shared.num_candidates);
+  if (count < k || count > kMaxCandidates) {
+    if (sum_over_block(elements.count_reaching(high), shared.partial_sums[0]) != 0) return false;
+    for (int round = 1; count < k || count > kMaxCandidates; ++round) {
+      (count < k ? high : low) = probe;
+      if (high - low == 1) {
+        if (threadIdx.x == 0) *block.threshold() = float_of(low);
+        take_by_bitmaps(elements, block, low, shared, emit);
+        return true;
+      }
+      probe = low + (high - low) / 2;
+      count = sum_over_block(elements.count_reaching(probe), shared.partial_sums[round % 2]);
+    }
+    clear_candidates(shared);
+    __syncthreads();
+    list_candidates(elements, probe, shared);
+    __syncthreads();
+  }
+  return take_candidates(elements, block, count, shared, emit);
 }
 
 }  // namespace

@@ -44,8 +44,7 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
       gather_parameters(params, grads, steps, window_indices, window_values, error, error_min,
                         error_max, thresholds, like, density, block_size, bucket_size, ordinals);
 
-  Launch launch = {};
-  Settings& s = launch.settings;
+  Settings s = {};
   s.beta1 = powers_of(beta1);
   s.beta2 = powers_of(beta2);
   s.lr = lr;
@@ -68,20 +67,33 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
   s.stochastic_rounding = stochastic_rounding && s.param_dtype != Dtype::kFloat32;
 
   const DeviceOf device(like);
+  Counters counters = {};
+  counters.found_inf = s.found_inf;
+  for (const Parameter& p : parameters) {
+    counters.steps[counters.num_steps++] = p.step;
+    if (counters.num_steps == kMaxCounters || &p == &parameters.back()) {
+      MICROADAM_CUDA_CHECK(cuda::count(counters, device.stream()));
+      counters.num_steps = 0;
+    }
+  }
+
+  std::vector<Parameter> group;  // what the next launch takes
   int64_t num_blocks = 0;
   const auto flush = [&] {
-    MICROADAM_CUDA_CHECK(cuda::step(launch, static_cast<int>(num_blocks), device.stream()));
-    launch.num_parameters = 0;
+    if (num_blocks > 0) {
+      MICROADAM_CUDA_CHECK(cuda::step(s, group.data(), static_cast<int>(group.size()),
+                                      static_cast<int>(num_blocks), device.stream()));
+    }
+    group.clear();
     num_blocks = 0;
   };
   for (const Parameter& p : parameters) {
     const int64_t count = (p.numel + block_size - 1) / block_size;
     STD_TORCH_CHECK(count <= INT32_MAX, "a parameter of ", p.numel, " elements has more than ",
                     INT32_MAX, " blocks of block_size ", block_size);
-    if (launch.num_parameters == kMaxParameters || num_blocks + count > INT32_MAX) flush();
-    Parameter& entry = launch.parameters[launch.num_parameters++];
-    entry = p;
-    entry.first_block = static_cast<int>(num_blocks);
+    if (group.size() == kManyParameters || num_blocks + count > INT32_MAX) flush();
+    group.push_back(p);
+    group.back().first_block = static_cast<int>(num_blocks);
     num_blocks += count;
   }
   flush();

@@ -25,6 +25,8 @@
 #include <utility>
 #include <vector>
 
+#define CUDART_VERSION 13000
+
 #define __global__
 #define __device__
 #define __host__
@@ -189,6 +191,8 @@ inline uint64_t emulated_barrier(bool predicate, const void* caller) {
 #define __syncthreads() emulated_barrier(false, EMULATED_HERE)
 #define __syncthreads_or(predicate) (emulated_barrier((predicate) != 0, EMULATED_HERE) != 0)
 
+#define __syncwarp() static_cast<void>(emulation::meet_warp(0xffffffffu, 0, EMULATED_HERE))
+
 template <class T>
 T emulated_shuffle(unsigned mask, T value, int source, const void* caller) {
   const uint64_t* values = emulation::meet_warp(mask, emulation::bits_of(value), caller);
@@ -211,8 +215,6 @@ uint32_t emulated_reduce(unsigned mask, uint32_t value, const void* caller, Comb
 }
 #define __reduce_add_sync(mask, value) \
   emulated_reduce(mask, value, EMULATED_HERE, [](uint32_t a, uint32_t b) { return a + b; })
-#define __reduce_min_sync(mask, value) \
-  emulated_reduce(mask, value, EMULATED_HERE, [](uint32_t a, uint32_t b) { return min(a, b); })
 #define __ballot_sync(mask, predicate) emulated_ballot(mask, predicate, EMULATED_HERE)
 inline uint32_t emulated_ballot(unsigned mask, bool predicate, const void* caller) {
   const uint64_t* values = emulation::meet_warp(mask, predicate, caller);
@@ -224,14 +226,31 @@ inline uint32_t emulated_ballot(unsigned mask, bool predicate, const void* calle
 using std::fmaf;
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>(((uint64_t{high} << 32 | low) << (shift % 32)) >> 32);
+}
+// Without the replication of signs that a selector's fourth bit asks for.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t byte = selector >> (4 * i) & 7;
+    result |= static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (8 * byte) & 0xff) << (8 * i);
+  }
+  return result;
+}
+inline float __fmul_rz(float a, float b) {
+  const double product = static_cast<double>(a) * b;  // exact
+  const float rounded = static_cast<float>(product);
+  return std::fabs(rounded) > std::fabs(product) ? std::nextafterf(rounded, 0.0f) : rounded;
+}
 
 template <class T>
 T atomicAdd(T* target, T value) {
   return std::exchange(*target, *target + value);
 }
 template <class T>
-T atomicMin(T* target, T value) {
-  return std::exchange(*target, min(*target, value));
+T atomicOr(T* target, T value) {
+  return std::exchange(*target, *target | value);
 }
 template <class T>
 T atomicExch(T* target, T value) {
