@@ -30,9 +30,15 @@ constexpr int kMomentChunk = 4096;    // coordinates whose moments are summed at
 constexpr int kEntriesPerThread = 4;  // of the window of a RegisterBlock
 constexpr int kMaxEntries = kEntriesPerThread * kThreads;
 
+// Of the window, as it lies in shared memory.
 struct Entry {
-  int16_t index;
-  BFloat16 value;
+  uint32_t bits;  // the value above the index
+
+  __device__ static Entry of(int16_t index, BFloat16 value) {
+    return {static_cast<uint16_t>(index) | uint32_t{value.bits} << 16};
+  }
+  __device__ int index() const { return static_cast<int>(bits & 0xffffu); }
+  __device__ float value() const { return high_half(bits); }
 };
 
 struct alignas(16) Selection {
@@ -58,7 +64,8 @@ struct alignas(16) Shared {
   };
   Entry window[kMaxEntries];  // of a RegisterBlock
   uint32_t partial_sums[2][kWarps];
-  int parameter;  // in the launch
+  int parameter;           // of the launch, to which the block belongs
+  bool is_register_block;  // else a MemoryBlock
   uint32_t num_candidates;
   bool is_finite;
   float kth;      // magnitude
@@ -82,28 +89,27 @@ __device__ int rotated_thread() { return (threadIdx.x + 32 * blockIdx.x) % kThre
 struct Block {
   const Settings& s;
   const Parameter& p;
-  int index;
+  uint32_t index;
   int length;
   int k;
 
-  __device__ Block(const Settings& settings, const Parameter& parameter, int block_index)
-      : s(settings), p(parameter), index(block_index) {
-    const int64_t rest = p.numel - first();
-    const bool is_last = rest <= s.block_size;
-    length = is_last ? static_cast<int>(rest) : s.block_size;
-    k = is_last ? p.last_k : p.k;
+  __device__ static Block of(const Settings& s, const Parameter& p, uint32_t index) {
+    Block block = {s, p, index, s.block_size, p.k};
+    const int64_t rest = p.numel - block.first();
+    if (rest <= s.block_size) block.length = static_cast<int>(rest), block.k = p.last_k;
+    return block;
   }
 
   // Index of its first element in the parameter.
-  __device__ int64_t first() const { return int64_t{index} * s.block_size; }
-  __device__ int64_t first_bucket() const { return int64_t{index} * s.buckets_per_block; }
-  __device__ uint8_t* error() const { return p.error + int64_t{index} * (s.block_size / 2); }
+  __device__ int64_t first() const { return times(s.block_size); }
+  __device__ int64_t first_bucket() const { return times(s.buckets_per_block); }
+  __device__ uint8_t* error() const { return p.error + times(s.block_size / 2); }
   __device__ BFloat16* error_min() const { return p.error_min + first_bucket(); }
   __device__ BFloat16* error_max() const { return p.error_max + first_bucket(); }
   __device__ float* threshold() const { return p.thresholds + index; }
 
   // The window. Each slot has room for the entries of the longest block, p.k.
-  __device__ int64_t first_entry() const { return int64_t{index} * (s.window_size * p.k); }
+  __device__ int64_t first_entry() const { return times(s.window_size * p.k); }
   __device__ int16_t* window_indices() const { return p.window_indices + first_entry(); }
   __device__ BFloat16* window_values() const { return p.window_values + first_entry(); }
 
@@ -115,6 +121,10 @@ struct Block {
     const float low = to_float(error_min()[bucket]);
     const float unit = quantization_unit(low, to_float(error_max()[bucket]));
     return dequantize(within < half ? pair & 15u : pair >> 4, low, unit);
+  }
+
+  __device__ int64_t times(int stride) const {
+    return static_cast<int64_t>(uint64_t{index} * static_cast<uint32_t>(stride));
   }
 };
 
@@ -130,6 +140,8 @@ class RegisterBlock {
            s.window_size * block.k <= kMaxEntries && is_aligned(block.p.values, 16) &&
            is_aligned(block.p.error, 8);
   }
+
+  __device__ static constexpr int length() { return kBlock; }
 
   // Asks for gradient, error feedback and window. All slots of it, so that nobody waits to hear
   // which is the newest; that one is written over once it is known.
@@ -147,7 +159,7 @@ class RegisterBlock {
 #pragma unroll
       for (int half = 0; half < 2; ++half) grad_[half] = fetch_unaligned_run(grad + index_of(half));
     }
-    codes_ = *codes();
+    codes_ = *own_codes();
     error_min_ = *error_min();
     error_max_ = *error_max();
     const int16_t* indices = block.window_indices() + threadIdx.x;
@@ -156,27 +168,30 @@ class RegisterBlock {
 #pragma unroll
     for (int i = 0; i < kEntriesPerThread; ++i) {
       if (static_cast<int>(threadIdx.x) + i * kThreads >= num_entries) break;
-      entries_[i] = {indices[i * kThreads], values[i * kThreads]};
+      indices_[i] = indices[i * kThreads];
+      entry_values_[i] = values[i * kThreads];
     }
   }
 
-  // Makes the accumulator of them.
+  // Lays the window out and makes the accumulator.
   __device__ void accumulate(float inv_scale) {
     const int num_entries = block_.s.window_size * block_.k;
 #pragma unroll
     for (int i = 0; i < kEntriesPerThread; ++i) {
       if (static_cast<int>(threadIdx.x) + i * kThreads >= num_entries) break;
-      window_[threadIdx.x + i * kThreads] = entries_[i];
+      window_[threadIdx.x + i * kThreads] = Entry::of(indices_[i], entry_values_[i]);
     }
     const float low = to_float(error_min_);
     const float unit = quantization_unit(low, to_float(error_max_));
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      convert_run(grad_[half], values_[half]);
-      if (inv_scale != 1.0f) {
+    for (int half = 0; half < 2; ++half) convert_run(grad_[half], values_[half]);
+    if (inv_scale != 1.0f) {
+      __syncwarp();  // keeps it a branch: predicated multiplications take as long as others
 #pragma unroll
-        for (float& value : values_[half]) value *= inv_scale;
-      }
+      for (int i = 0; i < 2 * kRun; ++i) values_[i / kRun][i % kRun] *= inv_scale;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int i = 0; i < kRun; i += 4) {
         float products[4];
@@ -250,7 +265,7 @@ class RegisterBlock {
       word = prepend_codes(quantization_level(values_[0][i], low, inverse),
                            quantization_level(values_[1][i], low, inverse), word);
     }
-    *this->codes() = codes;
+    *own_codes() = codes;
     if (threadIdx.x % 4 == 0) {
       *error_min() = round_to<BFloat16>(low * block_.s.kept_share);
       *error_max() = round_to<BFloat16>(high * block_.s.kept_share);
@@ -259,10 +274,10 @@ class RegisterBlock {
 
   // Entry `e` of the window, counted over those that the block uses.
   __device__ Entry entry(int e) const { return window_[e]; }
-  __device__ void set_entry(int e, Entry entry) {
-    window_[e] = entry;
-    block_.window_indices()[e] = entry.index;
-    block_.window_values()[e] = entry.value;
+  __device__ void set_entry(int e, int16_t index, BFloat16 value) {
+    window_[e] = Entry::of(index, value);
+    block_.window_indices()[e] = index;
+    block_.window_values()[e] = value;
   }
 
   // Subtracts the updates of all its elements from the parameter.
@@ -313,7 +328,7 @@ class RegisterBlock {
   }
 
   // What this thread holds of the error feedback.
-  __device__ uint2* codes() const {
+  __device__ uint2* own_codes() const {
     uint8_t* const error = block_.p.error + int64_t{block_.index} * (kBlock / 2);
     return reinterpret_cast<uint2*>(error) + threadIdx.x;
   }
@@ -328,11 +343,14 @@ class RegisterBlock {
   Entry* window_;
   int first_index_;  // of the run in the first half
   int swap_;         // the bit in which places and indices of this thread's elements differ
-  Entry entries_[kEntriesPerThread];
+  // As they were fetched: whatever is made of them would have to wait for them.
   Run<Grad> grad_[2];
   uint2 codes_;  // of the error feedback, with their bucket's range
   BFloat16 error_min_;
   BFloat16 error_max_;
+  int16_t indices_[kEntriesPerThread];  // of the window
+  BFloat16 entry_values_[kEntriesPerThread];
+
   float values_[2][kRun];  // the accumulator, then the residual
 };
 
@@ -344,6 +362,8 @@ class MemoryBlock {
       : block_(block), taken_(shared.selection.taken) {
     for (int w = threadIdx.x; w < (block.length + 31) / 32; w += kThreads) taken_[w] = 0;
   }
+
+  __device__ int length() const { return block_.length; }
 
   __device__ void accumulate(float inv_scale) { inv_scale_ = inv_scale; }
 
@@ -412,12 +432,12 @@ class MemoryBlock {
 
   __device__ Entry entry(int e) const {
     const int position = position_of(e);
-    return {block_.window_indices()[position], block_.window_values()[position]};
+    return Entry::of(block_.window_indices()[position], block_.window_values()[position]);
   }
-  __device__ void set_entry(int e, Entry entry) {
+  __device__ void set_entry(int e, int16_t index, BFloat16 value) {
     const int position = position_of(e);
-    block_.window_indices()[position] = entry.index;
-    block_.window_values()[position] = entry.value;
+    block_.window_indices()[position] = index;
+    block_.window_values()[position] = value;
   }
 
   // Subtracts the updates, those of the elements [begin, end), from the parameter.

@@ -89,8 +89,8 @@ __device__ void sum_moments(const Block& block, const Elements& elements, int be
 #pragma unroll 1
     for (int j = thread; j < block.k; j += kNumThreads) {
       const Entry entry = elements.entry(slot * block.k + j);
-      const float value = to_float(entry.value);
-      const int i = entry.index - begin;
+      const float value = entry.value();
+      const int i = entry.index() - begin;
       if (i < 0 || i >= end - begin || value == 0.0f) continue;
       moments.first[i] += value * first_weight;
       // The weight first: it may be 0, and the square infinite.
@@ -115,8 +115,8 @@ __device__ void apply_window(const Block& block, const Elements& elements, Share
   const bool is_dense = shared.decay != 1.0f || shared.feedback_rate != 0.0f;
   Moments& moments = shared.moments;
 #pragma unroll 1
-  for (int begin = 0; begin < block.length; begin += kMomentChunk) {
-    const int end = min(block.length, begin + kMomentChunk), size = end - begin;
+  for (int begin = 0; begin < elements.length(); begin += kMomentChunk) {
+    const int end = min(elements.length(), begin + kMomentChunk), size = end - begin;
     __syncthreads();  // what lay here before is not needed any more
     if (is_dense) {
 #pragma unroll 1
@@ -127,7 +127,7 @@ __device__ void apply_window(const Block& block, const Elements& elements, Share
     } else {
 #pragma unroll 1
       for (int e = threadIdx.x; e < num_entries; e += kThreads) {
-        const int i = elements.entry(e).index - begin;
+        const int i = elements.entry(e).index() - begin;
         if (0 <= i && i < size) moments.first[i] = 0.0f, moments.second[i] = 0.0f;
       }
     }
@@ -143,7 +143,7 @@ __device__ void apply_window(const Block& block, const Elements& elements, Share
     Param* const params = static_cast<Param*>(block.p.values) + first;
 #pragma unroll 1
     for (int e = threadIdx.x; e < num_entries; e += kThreads) {
-      const int i = elements.entry(e).index - begin;
+      const int i = elements.entry(e).index() - begin;
       if (i < 0 || i >= size) continue;
       // The first to come takes a coordinate; sums of squares are never negative.
       const float second = atomicExch(&moments.second[i], -1.0f);
@@ -181,8 +181,8 @@ __device__ void step_block(const Block& block, Shared& shared) {
   elements.accumulate(inverse_scale(s.grad_scale));
   const bool is_finite =
       select(elements, block, guess, shared, [&](int position, int index, float value) {
-        elements.set_entry(shared.newest_slot * block.k + position,
-                           {static_cast<int16_t>(index), round_to<BFloat16>(value)});
+        elements.set_entry(shared.newest_slot * block.k + position, static_cast<int16_t>(index),
+                           round_to<BFloat16>(value));
       });
   if (!is_finite) {
     if (threadIdx.x == 0) atomicAdd(s.num_skipped_blocks, 1ull);
@@ -194,9 +194,9 @@ __device__ void step_block(const Block& block, Shared& shared) {
 
 // Not inlined, so that it takes no registers from the kernel's main path.
 template <class Param, class Grad>
-__device__ __noinline__ void step_memory_block(const Settings& s, const Parameter& p, int index,
-                                               Shared& shared) {
-  step_block<Param, MemoryBlock<Param, Grad>>(Block(s, p, index), shared);
+__device__ __noinline__ void step_memory_block(const Settings& s, const Parameter& p,
+                                               uint32_t index, Shared& shared) {
+  step_block<Param, MemoryBlock<Param, Grad>>(Block::of(s, p, index), shared);
 }
 
 __global__ void count_kernel(const __grid_constant__ Counters counters) {
@@ -223,14 +223,19 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm)
   const Settings& s = launch.settings;
   if (is_set(s.found_inf)) return;
   clear_candidates(shared);
-  if (rotated_thread() == 0) shared.parameter = parameter_of(launch, blockIdx.x);
+  if (rotated_thread() == 0) {
+    shared.parameter = parameter_of(launch, blockIdx.x);
+    const Parameter& p = launch.parameters[shared.parameter];
+    const Block block = Block::of(s, p, blockIdx.x - static_cast<uint32_t>(p.first_block));
+    shared.is_register_block = RegisterBlock<Param, Grad>::can_hold(block);
+  }
   __syncthreads();
   const Parameter& p = launch.parameters[shared.parameter];
-  const Block block(s, p, blockIdx.x - p.first_block);
-  if (RegisterBlock<Param, Grad>::can_hold(block)) {
-    step_block<Param, RegisterBlock<Param, Grad>>(block, shared);
+  const uint32_t index = blockIdx.x - static_cast<uint32_t>(p.first_block);
+  if (shared.is_register_block) {
+    step_block<Param, RegisterBlock<Param, Grad>>({s, p, index, kRegisterBlock, p.k}, shared);
   } else {
-    step_memory_block<Param, Grad>(s, p, block.index, shared);
+    step_memory_block<Param, Grad>(s, p, index, shared);
   }
 }
 

@@ -61,6 +61,27 @@ __device__ uint32_t prepend_codes(float low, float high, uint32_t codes) {
 #endif
 }
 
+// ++count where a > b. Of the same in C++ a sum and a selection are made.
+__device__ void count_if_greater(int& count, uint64_t a, uint64_t b) {
+#if defined(__CUDA_ARCH__)
+  asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.s32 %0, %0, 1; }"
+      : "+r"(count)
+      : "l"(a), "l"(b));
+#else
+  count += a > b;
+#endif
+}
+
+__device__ void count_if_greater(int& count, int a, int b) {
+#if defined(__CUDA_ARCH__)
+  asm("{ .reg .pred p; setp.gt.s32 p, %1, %2; @p add.s32 %0, %0, 1; }"
+      : "+r"(count)
+      : "r"(a), "r"(b));
+#else
+  count += a > b;
+#endif
+}
+
 // Four codes, one in the low half of each byte, times the unit.
 __device__ void multiply_codes(uint32_t codes, float unit, float (&out)[4]) {
   // 128 with the code in the last places that a bfloat16 has: no conversion, and taking 128 units

@@ -57,9 +57,7 @@ __device__ bool take_candidates(Elements& elements, const Block& block, int coun
 #pragma unroll 1
     for (int i = 0; i < count; i += 4) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (selection.candidates[i + j] > candidate) ++rank;
-      }
+      for (int j = 0; j < 4; ++j) count_if_greater(rank, selection.candidates[i + j], candidate);
     }
     const float magnitude = float_of(static_cast<uint32_t>(candidate >> 32));
     if (!(magnitude < kMaxMagnitude)) shared.is_finite = false;
@@ -79,9 +77,7 @@ __device__ bool take_candidates(Elements& elements, const Block& block, int coun
 #pragma unroll 1
     for (int i = 0; i < k; i += 4) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (selection.indices[i + j] < index) ++position;
-      }
+      for (int j = 0; j < 4; ++j) count_if_greater(position, index, selection.indices[i + j]);
     }
     emit(position, index, value);
   }

@@ -66,6 +66,14 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
   s.window_size = static_cast<int>(window_indices[0].size(1));
   s.stochastic_rounding = stochastic_rounding && s.param_dtype != Dtype::kFloat32;
 
+  const auto num_blocks_of = [&](const Parameter& p) {
+    return (p.numel + block_size - 1) / block_size;
+  };
+  for (const Parameter& p : parameters) {
+    STD_TORCH_CHECK(num_blocks_of(p) <= INT32_MAX, "a parameter of ", p.numel,
+                    " elements has more than ", INT32_MAX, " blocks of block_size ", block_size);
+  }
+
   const DeviceOf device(like);
   Counters counters = {};
   counters.found_inf = s.found_inf;
@@ -88,9 +96,7 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
     num_blocks = 0;
   };
   for (const Parameter& p : parameters) {
-    const int64_t count = (p.numel + block_size - 1) / block_size;
-    STD_TORCH_CHECK(count <= INT32_MAX, "a parameter of ", p.numel, " elements has more than ",
-                    INT32_MAX, " blocks of block_size ", block_size);
+    const int64_t count = num_blocks_of(p);
     if (group.size() == kManyParameters || num_blocks + count > INT32_MAX) flush();
     group.push_back(p);
     group.back().first_block = static_cast<int>(num_blocks);

@@ -114,7 +114,8 @@ def test_hard_gradients(kind: str, emulated: None, generator: torch.Generator) -
         Hyperparameters(stochastic_rounding=True, lr=0.1, seed=2**64 - 1),
         Hyperparameters(stochastic_rounding=True, weight_decay=0.1, lr=0.1),
         Hyperparameters(beta1=0.0, beta2=0.0),
-        Hyperparameters(density=0.07, window_size=12),  # more entries than have room when staged
+        Hyperparameters(density=0.03, window_size=5),  # more entries a slot than one warp sums up
+        Hyperparameters(density=0.07, window_size=12),  # more entries than a RegisterBlock holds
         Hyperparameters(density=1.0, window_size=2),
         Hyperparameters(
             density=0.001, window_size=40, beta2=0.99
@@ -172,13 +173,34 @@ def test_threshold_finds_the_largest_at_once(emulated: None, generator: torch.Ge
     assert (taken <= 1.5 * guesses).all()
 
 
-def test_more_parameters_than_a_launch_takes(emulated: None, generator: torch.Generator) -> None:
-    """32 parameters fit in a kernel's arguments; the 33rd begins another launch."""
-    sizes = [1 + 37 * i % 200 for i in range(70)]
+@pytest.mark.parametrize("num_params", [33, 700])
+def test_more_parameters_than_a_launch_takes(
+    num_params: int, emulated: None, generator: torch.Generator
+) -> None:
+    """32 fit in a small launch and 320 in a large one; 500 are counted at a time."""
+    sizes = [1 + 37 * i % 100 for i in range(num_params)]
     run = Run(Hyperparameters(window_size=2), [draw(n, torch.float32, generator) for n in sizes])
     for _ in range(2):
         step_and_compare(run, [draw(n, torch.float32, generator) for n in sizes])
     assert all(state["step"] == 2 for state in run.states)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("count", [1, 100, 4096])
+@pytest.mark.parametrize("threshold", [0.0, 2.0, 1e38])
+def test_a_block_that_is_not_finite_is_left_alone(
+    value: float, count: int, threshold: float, emulated: None, generator: torch.Generator
+) -> None:
+    """Whether the guess lists it among the candidates, is met by too few elements, or by too many."""
+    run = Run(Hyperparameters(), [draw(2 * 4096 + 300, torch.float32, generator)])
+    step_and_compare(run, [draw(2 * 4096 + 300, torch.float32, generator)])
+    run.thresholds[0].fill_(threshold)
+    grad = draw(2 * 4096 + 300, torch.float32, generator)
+    grad[:count] = value
+    grad[-min(count, 300) :] = value
+    step_and_compare(run, [grad])
+    assert run.num_skipped_blocks == 2
+    step_and_compare(run, [draw(2 * 4096 + 300, torch.float32, generator)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
