@@ -161,7 +161,7 @@ MICROADAM_FN void philox(const RoundingKey& key, uint64_t call, uint32_t (&words
   uint32_t c0 = static_cast<uint32_t>(call), c1 = key.ordinal, c2 = key.step;
   uint32_t c3 = static_cast<uint32_t>(call >> 32);
   uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll 1  // else the keys of all rounds are made even where nothing is rounded at random
 #endif
   for (int round = 0; round < 10; ++round) {

@@ -47,8 +47,9 @@ struct alignas(16) Selection {
   // Where the candidates have no room: magnitude above and equal to the k-th.
   uint32_t above[kMaxWords];
   uint32_t equal[kMaxWords];
-  uint64_t candidates[kMaxCandidates];  // 0 behind the last
-  int indices[kMaxCandidates];          // of those that are selected; behind them kMaxBlockSize
+  int indices[kMaxCandidates];  // of those that are selected; behind them kMaxBlockSize
+  // 0 behind the last; at the end a place for those that find no room.
+  uint64_t candidates[kMaxCandidates + 1];
 };
 
 struct Moments {

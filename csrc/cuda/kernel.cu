@@ -1,4 +1,4 @@
-// One step of all top-k blocks of up to kManyParameters parameters: one thread block each.
+// One step of all top-k blocks of up to kMaxParameters parameters: one thread block each.
 //
 // A full block of the default size stays in registers from its gradient to its new error feedback
 // and shared memory (RegisterBlock), so that every byte moves once. Blocks of any other length or
@@ -7,8 +7,6 @@
 //
 // Everything is deterministic: where threads meet in an atomic operation, their order changes
 // nothing but the place of a candidate in a list that is only counted.
-#include <algorithm>
-
 #include "kernel.h"
 #include "selection.cuh"
 
@@ -47,11 +45,10 @@ __device__ float age_weight(const Beta& beta, int age) {
   return age < kNumAges ? beta.ages[age] : static_cast<float>(power(beta, age));
 }
 
-// Computed by few threads, while all wait for their gradients.
-__device__ void compute_scalars(const Settings& s, const int64_t* step_counter, Shared& shared) {
-  const int thread = rotated_thread();
+// Computed by a warp that usually has no candidate to rank.
+__device__ void compute_scalars(const Settings& s, uint32_t step, Shared& shared) {
+  const int thread = kThreads - 1 - rotated_thread();
   if (thread > 2) return;
-  const uint32_t step = static_cast<uint32_t>(*step_counter);
   if (thread < 2) {
     const Beta& beta = thread == 0 ? s.beta1 : s.beta2;
     const float factor = static_cast<float>(beta.complement / (1.0 - power(beta, step)));
@@ -87,14 +84,31 @@ __device__ void sum_moments(const Block& block, const Elements& elements, int be
   for (int slot = 0; slot < num_slots; ++slot) {
     const float first_weight = age_weight(s.beta1, age), second_weight = age_weight(s.beta2, age);
 #pragma unroll 1
-    for (int j = thread; j < block.k; j += kNumThreads) {
-      const Entry entry = elements.entry(slot * block.k + j);
-      const float value = entry.value();
-      const int i = entry.index() - begin;
-      if (i < 0 || i >= end - begin || value == 0.0f) continue;
-      moments.first[i] += value * first_weight;
-      // The weight first: it may be 0, and the square infinite.
-      moments.second[i] += value * second_weight * value;
+    for (int j = thread; j < block.k; j += 2 * kNumThreads) {
+      // Two at once: both are read before one is written.
+      int coordinates[2];
+      float values[2], first[2], second[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        values[h] = 0.0f;
+        if (j + h * kNumThreads >= block.k) continue;
+        const Entry entry = elements.entry(slot * block.k + j + h * kNumThreads);
+        coordinates[h] = entry.index() - begin;
+        if (0 <= coordinates[h] && coordinates[h] < end - begin) values[h] = entry.value();
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (values[h] == 0.0f) continue;
+        first[h] = moments.first[coordinates[h]] + values[h] * first_weight;
+        // The weight first: it may be 0, and the square infinite.
+        second[h] = moments.second[coordinates[h]] + values[h] * second_weight * values[h];
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (values[h] == 0.0f) continue;
+        moments.first[coordinates[h]] = first[h];
+        moments.second[coordinates[h]] = second[h];
+      }
     }
     age = age == 0 ? s.window_size - 1 : age - 1;
     if constexpr (kNumThreads == 32) {
@@ -117,6 +131,8 @@ __device__ void apply_window(const Block& block, const Elements& elements, Share
 #pragma unroll 1
   for (int begin = 0; begin < elements.length(); begin += kMomentChunk) {
     const int end = min(elements.length(), begin + kMomentChunk), size = end - begin;
+    const int64_t first = block.first() + begin;
+    Param* const params = static_cast<Param*>(block.p.values) + first;
     __syncthreads();  // what lay here before is not needed any more
     if (is_dense) {
 #pragma unroll 1
@@ -128,7 +144,9 @@ __device__ void apply_window(const Block& block, const Elements& elements, Share
 #pragma unroll 1
       for (int e = threadIdx.x; e < num_entries; e += kThreads) {
         const int i = elements.entry(e).index() - begin;
-        if (0 <= i && i < size) moments.first[i] = 0.0f, moments.second[i] = 0.0f;
+        if (i < 0 || i >= size) continue;
+        moments.first[i] = 0.0f, moments.second[i] = 0.0f;
+        prefetch(params + i);
       }
     }
     __syncthreads();
@@ -139,8 +157,6 @@ __device__ void apply_window(const Block& block, const Elements& elements, Share
       sum_moments<kThreads>(block, elements, begin, end, shared);
     }
     __syncthreads();
-    const int64_t first = block.first() + begin;
-    Param* const params = static_cast<Param*>(block.p.values) + first;
 #pragma unroll 1
     for (int e = threadIdx.x; e < num_entries; e += kThreads) {
       const int i = elements.entry(e).index() - begin;
@@ -176,11 +192,15 @@ __device__ void step_block(const Block& block, Shared& shared) {
   const Settings& s = block.s;
   // All that the first phase needs is asked for before any of it is used.
   const float guess = *block.threshold();
+  const uint32_t step = static_cast<uint32_t>(*block.p.step);
   Elements elements(block, shared);
-  compute_scalars(s, block.p.step, shared);
   elements.accumulate(inverse_scale(s.grad_scale));
+  const uint32_t probe = first_probe(guess);
+  list_candidates(elements, probe, shared);
+  __syncthreads();
+  compute_scalars(s, step, shared);
   const bool is_finite =
-      select(elements, block, guess, shared, [&](int position, int index, float value) {
+      select(elements, block, probe, shared, [&](int position, int index, float value) {
         elements.set_entry(shared.newest_slot * block.k + position, static_cast<int16_t>(index),
                            round_to<BFloat16>(value));
       });
@@ -206,8 +226,7 @@ __global__ void count_kernel(const __grid_constant__ Counters counters) {
 }
 
 // The parameter to which a block of the launch belongs: the last one that begins there or before.
-template <int kCapacity>
-__device__ int parameter_of(const Launch<kCapacity>& launch, int block) {
+__device__ int parameter_of(const Launch& launch, int block) {
   int parameter = 0;
   for (int end = launch.num_parameters; end - parameter > 1;) {
     const int middle = (parameter + end) / 2;
@@ -216,9 +235,9 @@ __device__ int parameter_of(const Launch<kCapacity>& launch, int block) {
   return parameter;
 }
 
-template <int kCapacity, class Param, class Grad>
+template <class Param, class Grad>
 __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm)
-    step_kernel(const __grid_constant__ Launch<kCapacity> launch) {
+    step_kernel(const __grid_constant__ Launch launch) {
   __shared__ Shared shared;
   const Settings& s = launch.settings;
   if (is_set(s.found_inf)) return;
@@ -242,42 +261,29 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm)
 // ---------------------------------------------------------------------------------------------
 // Launches
 
-template <int kCapacity>
-using Kernel = void (*)(Launch<kCapacity>);
+using Kernel = void (*)(Launch);
 
-template <int kCapacity, class Param>
-Kernel<kCapacity> kernel_for(Dtype grad) {
+template <class Param>
+Kernel kernel_for(Dtype grad) {
   switch (grad) {
     case Dtype::kBFloat16:
-      return step_kernel<kCapacity, Param, BFloat16>;
+      return step_kernel<Param, BFloat16>;
     case Dtype::kFloat16:
-      return step_kernel<kCapacity, Param, Float16>;
+      return step_kernel<Param, Float16>;
     default:
-      return step_kernel<kCapacity, Param, float>;
+      return step_kernel<Param, float>;
   }
 }
 
-template <int kCapacity>
-Kernel<kCapacity> kernel_for(Dtype param, Dtype grad) {
+Kernel kernel_for(Dtype param, Dtype grad) {
   switch (param) {
     case Dtype::kBFloat16:
-      return kernel_for<kCapacity, BFloat16>(grad);
+      return kernel_for<BFloat16>(grad);
     case Dtype::kFloat16:
-      return kernel_for<kCapacity, Float16>(grad);
+      return kernel_for<Float16>(grad);
     default:
-      return kernel_for<kCapacity, float>(grad);
+      return kernel_for<float>(grad);
   }
-}
-
-template <int kCapacity>
-cudaError_t launch_step(const Settings& settings, const Parameter* parameters, int num_parameters,
-                        const cudaLaunchConfig_t& config) {
-  Launch<kCapacity> launch;
-  launch.settings = settings;
-  launch.num_parameters = num_parameters;
-  std::copy(parameters, parameters + num_parameters, launch.parameters);
-  return cudaLaunchKernelEx(
-      &config, kernel_for<kCapacity>(settings.param_dtype, settings.grad_dtype), launch);
 }
 
 }  // namespace
@@ -290,15 +296,13 @@ cudaError_t count(const Counters& counters, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, count_kernel, counters);
 }
 
-cudaError_t step(const Settings& settings, const Parameter* parameters, int num_parameters,
-                 int num_blocks, cudaStream_t stream) {
+cudaError_t step(const Launch& launch, int num_blocks, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.stream = stream;
   config.gridDim = dim3(num_blocks);
   config.blockDim = dim3(kThreads);
-  const auto launch =
-      num_parameters <= kFewParameters ? launch_step<kFewParameters> : launch_step<kManyParameters>;
-  return launch(settings, parameters, num_parameters, config);
+  const Settings& s = launch.settings;
+  return cudaLaunchKernelEx(&config, kernel_for(s.param_dtype, s.grad_dtype), launch);
 }
 
 }  // namespace microadam::cuda

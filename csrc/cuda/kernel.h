@@ -47,23 +47,23 @@ struct Settings {
 };
 
 // Tables travel as an argument of the kernel, so that a step needs neither memory nor a copy and
-// can be captured in a graph. A launch sends the whole of its table, filled or not: few parameters,
-// such as the one of a gradient that is released, take a small one.
-constexpr int kFewParameters = 32;
-#if CUDART_VERSION >= 13000  // 32,764 bytes, with a driver since R530: 12.x runs with older ones
-constexpr int kManyParameters = 320;
+// can be captured in a graph. A launch sends the whole of its table, filled or not, and often there
+// is but one parameter, whose gradient is released: the table is smaller than it may be. More than
+// 4 KB take a driver since R530, which CUDA 12 does not imply.
+#if CUDART_VERSION >= 13000
+constexpr int kMaxParameters = 128;
+constexpr int kMaxArgumentBytes = 16384;
 #else
-constexpr int kManyParameters = kFewParameters;
+constexpr int kMaxParameters = 32;
+constexpr int kMaxArgumentBytes = 4096;
 #endif
 
-template <int kCapacity>
 struct Launch {
   Settings settings;
+  Parameter parameters[kMaxParameters];
   int num_parameters;
-  Parameter parameters[kCapacity];
 };
-static_assert(sizeof(Launch<kFewParameters>) <= 4096 && sizeof(Launch<kManyParameters>) <= 32764,
-              "the arguments of a kernel have no room for more");
+static_assert(sizeof(Launch) <= kMaxArgumentBytes, "arguments have no room for as many parameters");
 
 constexpr int kMaxCounters = 500;
 
@@ -72,14 +72,13 @@ struct Counters {
   int num_steps;
   int64_t* steps[kMaxCounters];
 };
-static_assert(sizeof(Counters) <= 4096, "the arguments of a kernel have no room for more");
+static_assert(sizeof(Counters) <= 4096, "arguments have no room for as many counters");
 
 // Counts a step, unless an Inf was found. `step` must come behind it in the stream: its blocks must
 // not race with one that counts.
 cudaError_t count(const Counters& counters, cudaStream_t stream);
 
-// Steps up to kManyParameters parameters, which have `num_blocks` top-k blocks in all.
-cudaError_t step(const Settings& settings, const Parameter* parameters, int num_parameters,
-                 int num_blocks, cudaStream_t stream);
+// Steps the parameters of `launch`, which have `num_blocks` top-k blocks in all.
+cudaError_t step(const Launch& launch, int num_blocks, cudaStream_t stream);
 
 }  // namespace microadam::cuda

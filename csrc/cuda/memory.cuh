@@ -12,6 +12,15 @@ __device__ bool is_aligned(const void* pointer, size_t size) {
   return reinterpret_cast<uintptr_t>(pointer) % size == 0;
 }
 
+// Asks for what will be read.
+__device__ void prefetch(const void* pointer) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" : : "l"(__cvta_generic_to_global(pointer)));
+#else
+  static_cast<void>(pointer);
+#endif
+}
+
 // How a parameter is rounded to its dtype.
 struct Rounding {
   bool is_stochastic;  // else to nearest even

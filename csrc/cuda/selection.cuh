@@ -32,11 +32,8 @@ __device__ void list_candidates(const Elements& elements, uint32_t probe, Shared
   if (own_count == 0) return;
   uint32_t position = atomicAdd(&shared.num_candidates, static_cast<uint32_t>(own_count));
   elements.for_each_reaching(probe, [&](int index, uint32_t magnitude) {
-    if (position < kMaxCandidates) {
-      shared.selection.candidates[position] =
-          uint64_t{magnitude} << 32 | static_cast<uint32_t>(kMaxBlockSize - index);
-    }
-    ++position;
+    shared.selection.candidates[min(position++, uint32_t{kMaxCandidates})] =
+        uint64_t{magnitude} << 32 | static_cast<uint32_t>(kMaxBlockSize - index);
   });
 }
 
@@ -155,20 +152,22 @@ __device__ void take_by_bitmaps(Elements& elements, const Block& block, uint32_t
   __syncthreads();
 }
 
-// Selects, takes, and calls emit(position, index, value) for each element, positions in the order
-// of indices. False, and nothing has happened, where the block holds a NaN or an Inf.
+// The magnitude that the first list goes down to: the last step's guess, where it is one.
+__device__ uint32_t first_probe(float guess) {
+  return min(max(magnitude_bits(guess), 1u), bits_of(kMaxMagnitude) - 1);
+}
+
+// From the list of those that reach `probe`: selects, takes, and calls emit(position, index, value)
+// for each element, positions in the order of indices. False, and nothing has happened, where the
+// block holds a NaN or an Inf.
 //
 // The guess of the last step usually leaves a few more than k candidates. Else bisection over the
 // bits finds a magnitude that does, or, where too many are equal, the k-th itself.
 template <class Elements, class Emit>
-__device__ bool select(Elements& elements, const Block& block, float guess, Shared& shared,
+__device__ bool select(Elements& elements, const Block& block, uint32_t probe, Shared& shared,
                        Emit emit) {
   const int k = block.k;
-  uint32_t low = 0,
-           high = bits_of(kMaxMagnitude);  // `low` is reached by k or more, `high` by fewer
-  uint32_t probe = min(max(magnitude_bits(guess), 1u), high - 1);
-  list_candidates(elements, probe, shared);
-  __syncthreads();
+  uint32_t low = 0, high = bits_of(kMaxMagnitude);  // reached by k or more, and by fewer
   int count = static_cast<int>(shared.num_candidates);
   if (count < k || count > kMaxCandidates) {
     if (sum_over_block(elements.count_reaching(high), shared.partial_sums[0]) != 0) return false;

@@ -44,7 +44,8 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
       gather_parameters(params, grads, steps, window_indices, window_values, error, error_min,
                         error_max, thresholds, like, density, block_size, bucket_size, ordinals);
 
-  Settings s = {};
+  Launch launch = {};
+  Settings& s = launch.settings;
   s.beta1 = powers_of(beta1);
   s.beta2 = powers_of(beta2);
   s.lr = lr;
@@ -85,21 +86,20 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
     }
   }
 
-  std::vector<Parameter> group;  // what the next launch takes
   int64_t num_blocks = 0;
   const auto flush = [&] {
     if (num_blocks > 0) {
-      MICROADAM_CUDA_CHECK(cuda::step(s, group.data(), static_cast<int>(group.size()),
-                                      static_cast<int>(num_blocks), device.stream()));
+      MICROADAM_CUDA_CHECK(cuda::step(launch, static_cast<int>(num_blocks), device.stream()));
     }
-    group.clear();
+    launch.num_parameters = 0;
     num_blocks = 0;
   };
   for (const Parameter& p : parameters) {
     const int64_t count = num_blocks_of(p);
-    if (group.size() == kManyParameters || num_blocks + count > INT32_MAX) flush();
-    group.push_back(p);
-    group.back().first_block = static_cast<int>(num_blocks);
+    if (launch.num_parameters == kMaxParameters || num_blocks + count > INT32_MAX) flush();
+    Parameter& entry = launch.parameters[launch.num_parameters++];
+    entry = p;
+    entry.first_block = static_cast<int>(num_blocks);
     num_blocks += count;
   }
   flush();
