@@ -14,8 +14,6 @@ constexpr int kWarps = kThreads / 32;
 #if defined(__CUDA_ARCH__) && \
     (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 constexpr int kMinBlocksPerSm = 2;  // more do not find the shared memory that they need
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kMinBlocksPerSm = 3;  // with 4, a few registers are spilled
 #else
 constexpr int kMinBlocksPerSm = 4;
 #endif

@@ -20,7 +20,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <numeric>
 #include <random>
 #include <utility>
 #include <vector>
@@ -176,21 +175,15 @@ T value_of(uint64_t bits) {
 #define blockIdx emulation::machine.block_index
 #define threadIdx emulation::machine.thread_index
 
-inline uint64_t emulated_barrier(bool predicate, const void* caller) {
-  using emulation::machine;
-  const uint64_t* values = emulation::meet(machine.block, machine.current, predicate, caller);
-  return std::accumulate(values, values + machine.block.num_members, uint64_t{0});
-}
-
 // A lambda's static variable has an address of its own at every place where a macro stands.
 #define EMULATED_HERE    \
   ([]() -> const void* { \
     static char here;    \
     return &here;        \
   }())
-#define __syncthreads() emulated_barrier(false, EMULATED_HERE)
-#define __syncthreads_or(predicate) (emulated_barrier((predicate) != 0, EMULATED_HERE) != 0)
-
+#define __syncthreads() \
+  static_cast<void>(    \
+      emulation::meet(emulation::machine.block, emulation::machine.current, 0, EMULATED_HERE))
 #define __syncwarp() static_cast<void>(emulation::meet_warp(0xffffffffu, 0, EMULATED_HERE))
 
 template <class T>
