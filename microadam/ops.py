@@ -91,7 +91,7 @@ def step_(args: StepArguments) -> None:
     if not torch.compiler.is_compiling():
         # That a backward pass which has saved a parameter complains, as after any change in place.
         torch.autograd.graph.increment_version(args.params)
-    torch.ops.microadam.step_(*args)
+    torch.ops.microadam.step_.default(*args)  # named: torch would look for the overload every time
 
 
 def _plain_torch_step(*values: Any) -> None:
@@ -100,7 +100,7 @@ def _plain_torch_step(*values: Any) -> None:
     device_type = args.num_skipped_blocks.device.type
     was_loaded = why_not_native.cache_info().currsize > 0
     if native_kernel(device_type) and not was_loaded:  # it knows one now
-        torch.ops.microadam.step_(*args)
+        torch.ops.microadam.step_.default(*args)
         return
     if os.environ.get(BACKEND_VARIABLE) == "native":
         reason = why_not_native() or f"it has no kernel for {device_type}"
@@ -188,3 +188,5 @@ def _require(
 torch.library.define("microadam::step_", _SCHEMA, tags=torch.Tag.pt2_compliant_tag)
 torch.library.impl("microadam::step_", "CompositeExplicitAutograd", _plain_torch_step)
 torch.library.register_fake("microadam::step_", _check_arguments)
+# Nothing is differentiated: what torch does there for want of this would look at every tensor.
+torch.library.impl("microadam::step_", "Autograd", torch.library.fallthrough_kernel)
