@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "parameter.h"
+#include "state.h"
 
 namespace microadam {
 namespace {
@@ -29,10 +31,31 @@ Dtype dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-// The tensor's memory, once it is known to hold `numel` elements of `type` in a row.
+// Dtype and device as torch numbers them. Tensor::scalar_type() and device() translate the numbers
+// by one call for each that they might be, and of a small parameter that takes longer than its
+// step.
+int32_t dtype_number(const Tensor& t) {
+  int32_t number;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  return number;
+}
+
+struct DeviceNumber {
+  int32_t type, index;
+
+  explicit DeviceNumber(const Tensor& t) : index(t.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+  }
+  bool operator==(const DeviceNumber& other) const {
+    return type == other.type && index == other.index;
+  }
+};
+
+// The tensor's memory, once it is known to hold `numel` elements of a dtype in a row.
 template <class T>
-T* memory(const Tensor& t, const Tensor& like, ScalarType type, int64_t numel, const char* name) {
-  STD_TORCH_CHECK(t.device() == like.device() && t.is_contiguous() && t.scalar_type() == type &&
+T* memory(const Tensor& t, const DeviceNumber& device, int32_t dtype, int64_t numel,
+          const char* name) {
+  STD_TORCH_CHECK(DeviceNumber(t) == device && t.is_contiguous() && dtype_number(t) == dtype &&
                       t.numel() == numel,
                   name, " must be a contiguous tensor of ", numel,
                   " elements, on the device of num_skipped_blocks and of the dtype that "
@@ -44,17 +67,29 @@ int kept_of(double density, int64_t length) {
   return static_cast<int>(std::max(1.0, std::ceil(density * static_cast<double>(length))));
 }
 
-// The parameters with all their memory, once every tensor is known to fit. `first_block` is left 0.
-std::vector<Parameter> gather_parameters(
-    const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-    const std::vector<Tensor>& steps, const std::vector<Tensor>& window_indices,
-    const std::vector<Tensor>& window_values, const std::vector<Tensor>& error,
-    const std::vector<Tensor>& error_min, const std::vector<Tensor>& error_max,
-    const std::vector<Tensor>& thresholds, const Tensor& like, double density, int64_t block_size,
-    int64_t bucket_size, const std::vector<int64_t>& ordinals) {
+struct Gathered {
+  std::vector<Parameter> parameters;  // `first_block` is left 0
+  int window_size;
+};
+
+// The parameters with all their memory, once every tensor is known to fit.
+Gathered gather_parameters(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                           const std::vector<Tensor>& steps,
+                           const std::vector<Tensor>& window_indices,
+                           const std::vector<Tensor>& window_values,
+                           const std::vector<Tensor>& error, const std::vector<Tensor>& error_min,
+                           const std::vector<Tensor>& error_max,
+                           const std::vector<Tensor>& thresholds, const Tensor& like,
+                           double density, int64_t block_size, int64_t bucket_size,
+                           const std::vector<int64_t>& ordinals,
+                           const std::optional<Tensor>& held_state) {
+  State given;
+  if (!held_state)
+    given = {steps, window_indices, window_values, error, error_min, error_max, thresholds};
+  const State& state = held_state ? state_in(*held_state) : given;
   const size_t count = params.size();
-  for (const auto* list : {&grads, &steps, &window_indices, &window_values, &error, &error_min,
-                           &error_max, &thresholds}) {
+  for (const auto* list : {&grads, &state.steps, &state.window_indices, &state.window_values,
+                           &state.error, &state.error_min, &state.error_max, &state.thresholds}) {
     STD_TORCH_CHECK(list->size() == count, "every list must hold one tensor for each of the ",
                     count, " parameters");
   }
@@ -63,10 +98,15 @@ std::vector<Parameter> gather_parameters(
   STD_TORCH_CHECK(block_size > 0 && block_size <= 32768 && block_size % bucket_size == 0,
                   "block_size must be a multiple of bucket_size and at most 32768");
   STD_TORCH_CHECK(density > 0 && density <= 1, "density must be greater than 0 and at most 1");
-  STD_TORCH_CHECK(window_indices[0].dim() == 3, "window_indices must have 3 dimensions");
-  const int64_t window_size = window_indices[0].size(1);
+  STD_TORCH_CHECK(state.window_indices[0].dim() == 3, "window_indices must have 3 dimensions");
+  const int64_t window_size = state.window_indices[0].size(1);
   STD_TORCH_CHECK(window_size > 0, "window_indices must have at least one slot");
 
+  const DeviceNumber device(like);
+  const int32_t param_dtype = dtype_number(params[0]), grad_dtype = dtype_number(grads[0]);
+  const int32_t uint8 = aoti_torch_dtype_uint8(), int16 = aoti_torch_dtype_int16(),
+                int64 = aoti_torch_dtype_int64(), bfloat16 = aoti_torch_dtype_bfloat16(),
+                float32 = aoti_torch_dtype_float32();
   std::vector<Parameter> parameters;
   parameters.reserve(count);
   for (size_t i = 0; i < count; ++i) {
@@ -77,24 +117,22 @@ std::vector<Parameter> gather_parameters(
     p.k = kept_of(density, std::min(p.numel, block_size));
     p.last_k = p.numel == 0 ? 0 : kept_of(density, p.numel - (num_blocks - 1) * block_size);
     const int64_t num_entries = num_blocks * window_size * p.k;
-    p.values = memory<void>(params[i], like, params[0].scalar_type(), p.numel, "params");
-    p.grad = memory<void>(grads[i], like, grads[0].scalar_type(), p.numel, "grads");
-    p.step = memory<int64_t>(steps[i], like, ScalarType::Long, 1, "steps");
+    p.values = memory<void>(params[i], device, param_dtype, p.numel, "params");
+    p.grad = memory<void>(grads[i], device, grad_dtype, p.numel, "grads");
+    p.step = memory<int64_t>(state.steps[i], device, int64, 1, "steps");
     p.window_indices =
-        memory<int16_t>(window_indices[i], like, ScalarType::Short, num_entries, "window_indices");
-    p.window_values = memory<BFloat16>(window_values[i], like, ScalarType::BFloat16, num_entries,
-                                       "window_values");
+        memory<int16_t>(state.window_indices[i], device, int16, num_entries, "window_indices");
+    p.window_values =
+        memory<BFloat16>(state.window_values[i], device, bfloat16, num_entries, "window_values");
     p.error =
-        memory<uint8_t>(error[i], like, ScalarType::Byte, num_buckets * bucket_size / 2, "error");
-    p.error_min =
-        memory<BFloat16>(error_min[i], like, ScalarType::BFloat16, num_buckets, "error_min");
-    p.error_max =
-        memory<BFloat16>(error_max[i], like, ScalarType::BFloat16, num_buckets, "error_max");
-    p.thresholds = memory<float>(thresholds[i], like, ScalarType::Float, num_blocks, "thresholds");
+        memory<uint8_t>(state.error[i], device, uint8, num_buckets * bucket_size / 2, "error");
+    p.error_min = memory<BFloat16>(state.error_min[i], device, bfloat16, num_buckets, "error_min");
+    p.error_max = memory<BFloat16>(state.error_max[i], device, bfloat16, num_buckets, "error_max");
+    p.thresholds = memory<float>(state.thresholds[i], device, float32, num_blocks, "thresholds");
     p.ordinal = static_cast<uint32_t>(ordinals[i]);
     parameters.push_back(p);
   }
-  return parameters;
+  return {std::move(parameters), static_cast<int>(window_size)};
 }
 
 }  // namespace

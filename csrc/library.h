@@ -24,7 +24,8 @@ using Step = void(const std::vector<torch::stable::Tensor>& params,
                   const std::optional<torch::stable::Tensor>& found_inf, double lr, double beta1,
                   double beta2, double eps, double weight_decay, double alpha, double density,
                   int64_t block_size, int64_t bucket_size, bool stochastic_rounding, int64_t seed,
-                  const std::vector<int64_t>& ordinals);
+                  const std::vector<int64_t>& ordinals,
+                  const std::optional<torch::stable::Tensor>& held_state);
 Step step_cpu;
 Step step_cuda;  // only in builds with nvcc (MICROADAM_WITH_CUDA)
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from microadam import reference
-from microadam.layout import BlockLayout
+from microadam.layout import BlockLayout, Geometry
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -110,11 +110,14 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if is_sharded(t) else t
 
 
+def geometry_of(group: Mapping[str, Any]) -> Geometry:
+    """The hyperparameters of a parameter group that decide how elements fall into blocks."""
+    return group["window_size"], group["density"], group["bucket_size"], group["block_size"]
+
+
 def layout_of(numel: int, group: Mapping[str, Any]) -> BlockLayout:
     """How ``numel`` elements fall into blocks with the hyperparameters of a parameter group."""
-    return BlockLayout.of(
-        numel, group["window_size"], group["density"], group["bucket_size"], group["block_size"]
-    )
+    return BlockLayout.of(numel, *geometry_of(group))
 
 
 def by_shard(saved: Mapping[str, Any], param_shape: tuple[int, ...]) -> dict[Shard, Any]:

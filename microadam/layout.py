@@ -13,6 +13,9 @@ import torch
 
 MAX_BLOCK_SIZE = 32_768  # an index inside a block must fit int16
 
+# window_size, density, bucket_size and block_size: with the number of elements, all of a layout
+Geometry = tuple[int, float, int, int]
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import chain
+from operator import is_, itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,15 +28,25 @@ NATIVE_LIBRARY = Path(__file__).with_name("_native.so")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# The fields of reference.StepArguments; letters and ! mark what is written.
+# The fields of reference.StepArguments; letters and ! mark what is written. Graphs are traced with
+# the lists, never with held_state, which hides what is written.
 _SCHEMA = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] steps, Tensor(c!)[] window_indices, "
     "Tensor(d!)[] window_values, Tensor(e!)[] error, Tensor(f!)[] error_min, "
     "Tensor(g!)[] error_max, Tensor(h!)[] thresholds, Tensor(i!) num_skipped_blocks, "
     "Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf, float lr, float beta1, "
     "float beta2, float eps, float weight_decay, float alpha, float density, int block_size, "
-    "int bucket_size, bool stochastic_rounding, int seed, int[] ordinals) -> ()"
+    "int bucket_size, bool stochastic_rounding, int seed, int[] ordinals, "
+    "Tensor? held_state=None) -> ()"
 )
+
+_STATE_KEYS = ("step", "window_indices", "window_values", "error", "error_min", "error_max")
+_STATE_LISTS = ("steps", *_STATE_KEYS[1:], "thresholds")  # of the schema
+_state_tensors = itemgetter(*_STATE_KEYS)
+
+# A state that the user replaces, to keep it on the CPU for a while say, is let go at the next step
+# only. A larger one is not held: beside its step, turning the lists takes no time.
+MAX_HELD_BYTES = 1 << 28
 
 
 @cache
@@ -70,6 +82,62 @@ def why_not_native() -> str:
 def native_kernel(device_type: str) -> str:
     """The native kernel for this kind of device, such as ``"AVX-512"``; empty where none is."""
     return "" if why_not_native() else torch.ops.microadam.native_kernel(device_type)
+
+
+class HeldState(NamedTuple):
+    """The state that a step took, kept as C++'s lists for the next step with the same tensors.
+
+    Turning seven lists of tensors into C++'s takes longer than the step of small parameters does.
+    """
+
+    tensors: list[Tensor]  # in the order of `_tensors_of`
+    handle: Tensor  # for StepArguments.held_state
+
+
+def hold_state(
+    states: Sequence[Mapping[str, Any]], thresholds: Sequence[Tensor], held: HeldState | None
+) -> HeldState | None:
+    """The state as the native library takes it fastest; None where that is no gain.
+
+    Args:
+        states, thresholds: of all parameters that are stepped in one call.
+        held: of an earlier step. It serves again as long as the tensors are the same objects. No
+            more need be looked at: what is held are references to them, and at every step the
+            native library sees and checks what they are by then, a new storage included.
+    """
+    if len(states) == 1 or torch.compiler.is_compiling():
+        return None
+    if (
+        held is not None
+        and len(held.tensors) == len(_STATE_LISTS) * len(states)
+        and all(map(is_, held.tensors, _tensors_of(states, thresholds)))
+    ):
+        return held
+    tensors = list(_tensors_of(states, thresholds))
+    if (
+        sum(t.nbytes for t in tensors) > MAX_HELD_BYTES
+        or any(type(t) is not Tensor for t in tensors)  # fake ones, say
+        or not native_kernel(tensors[0].device.type)
+    ):
+        return None
+    lists = state_arguments(states, thresholds, None)
+    return HeldState(tensors, torch.ops.microadam.hold_state.default(**lists))
+
+
+def _tensors_of(
+    states: Sequence[Mapping[str, Any]], thresholds: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    return chain(chain.from_iterable(map(_state_tensors, states)), thresholds)
+
+
+def state_arguments(
+    states: Sequence[Mapping[str, Any]], thresholds: Sequence[Tensor], held: HeldState | None
+) -> dict[str, Any]:
+    """What ``StepArguments`` takes of the state: its lists, or what `hold_state` made of them."""
+    if held is not None:
+        return {**dict.fromkeys(_STATE_LISTS, ()), "held_state": held.handle}
+    lists = (*zip(*map(_state_tensors, states), strict=True), thresholds)
+    return dict(zip(_STATE_LISTS, lists, strict=True))
 
 
 def step_(args: StepArguments) -> None:

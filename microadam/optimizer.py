@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -12,9 +11,14 @@ from torch.optim import Optimizer
 
 from microadam import distributed, ops
 from microadam.distributed import Shard
-from microadam.layout import BlockLayout
+from microadam.layout import BlockLayout, Geometry
 from microadam.reference import StepArguments
-from microadam.validation import check_gradient, check_hyperparameters, check_state
+from microadam.validation import (
+    check_gradient,
+    check_hyperparameters,
+    check_placements,
+    check_state,
+)
 
 # What is no tensor and no pair, and the Python type that the step computes with.
 _NUMBERS: dict[str, Callable[[Any], Any]] = {
@@ -110,6 +114,7 @@ class MicroAdam(Optimizer):
         }
         self._num_skipped_blocks: dict[torch.device, Tensor] = {}
         self._caches: dict[Tensor, _Cache] = {}  # not saved
+        self._held_states: list[ops.HeldState | None] = []  # a call of the last step; not saved
         super().__init__(params, defaults)
         if unscales:  # GradScaler hands its scale and its finding to `step` as attributes
             self._step_supports_amp_scaling = True
@@ -119,6 +124,7 @@ class MicroAdam(Optimizer):
         # load_state_dict comes here too, and then they are there.
         self.__dict__.setdefault("_num_skipped_blocks", {})
         self.__dict__.setdefault("_caches", {})
+        self._held_states = []  # the state that is replaced is to be freed now
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, checked as in the constructor."""
@@ -169,104 +175,130 @@ class MicroAdam(Optimizer):
         # One call of the fused step takes all parameters of a group that share device and dtypes.
         # All are gathered first: where one gradient or state does not fit, nothing moves.
         calls: list[tuple[dict[str, Any], list[_Item]]] = []
-        ordinal = num_cached = 0
+        num_params = num_cached = 0
         for group in self.param_groups:
-            batches: dict[tuple[Any, ...], list[_Item]] = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    batches[p.device, p.dtype, p.grad.dtype].append(
-                        self._item_of(p, p.grad, group, ordinal)
-                    )
-                    num_cached += 1
-                elif p in self._caches:
-                    num_cached += 1
-                ordinal += 1
+            geometry = distributed.geometry_of(group)
+            batches: dict[tuple[Any, ...], list[_Item]] = {}
+            for ordinal, p in enumerate(group["params"], num_params):
+                grad = p.grad
+                if grad is None:
+                    num_cached += p in self._caches
+                    continue
+                device = p.device
+                kind = (device, p.dtype, grad.dtype, grad.layout)
+                batch = batches.get(kind)
+                if batch is None:
+                    check_gradient(grad, ordinal)  # all others of the batch are of its kind
+                    batch = batches[kind] = []
+                batch.append(self._item_of(p, grad, device, geometry, ordinal))
             calls += [(group, batch) for batch in batches.values()]
+            num_params += len(group["params"])
+        num_cached += sum(len(batch) for _, batch in calls)
         if len(self._caches) > num_cached:  # of parameters that were taken out of their group
             present = self._parameters()
             self._caches = {p: self._caches[p] for p in present if p in self._caches}
+        # What a call holds is tried at the next step by the call in its place, and else let go.
+        held_states, self._held_states = iter(self._held_states), []
         for group, batch in calls:
-            self._step_batch(group, batch)
+            self._held_states.append(self._step_batch(group, batch, next(held_states, None)))
         return loss
 
     @torch.no_grad()
     def _step_parameter(self, p: Tensor, grad: Tensor, group: dict[str, Any], ordinal: int) -> None:
         """What `step` does for one parameter; gradient release calls it in the backward pass."""
-        self._step_batch(group, [self._item_of(p, grad, group, ordinal)])
+        check_gradient(grad, ordinal)
+        batch = [self._item_of(p, grad, p.device, distributed.geometry_of(group), ordinal)]
+        self._step_batch(group, batch)
 
-    def _item_of(self, p: Tensor, grad: Tensor, group: dict[str, Any], ordinal: int) -> _Item:
-        check_gradient(grad, p, ordinal)
-        layout = _layout_of(p, group)
-        flat = _StorageOrder(p)
+    def _item_of(
+        self, p: Tensor, grad: Tensor, device: torch.device, geometry: Geometry, ordinal: int
+    ) -> _Item:
+        shard, gradient = p, grad
+        if distributed.is_sharded(p) or distributed.is_sharded(grad):
+            check_placements(grad, p, ordinal)
+            shard, gradient = distributed.local(p), distributed.local(grad)
+        dims, values = None, shard
+        if not shard.is_contiguous():
+            dims = _storage_order(shard)
+            if dims is not None:
+                shard, gradient = shard.permute(dims), gradient.permute(dims)
+            values = shard.contiguous()  # a copy only where it has gaps
         state = self.state[p]
-        cache = self._caches.get(p) if "step" in state else None
-        if cache is None or cache.layout is not layout or cache.device != p.device:
-            cache = self._prepare(p, layout, state, flat.dims)
-        if state.get("storage_order") != flat.dims:
+        cache = self._caches.get(p)
+        fits = (shard.numel(), geometry, device)
+        if cache is None or cache.fits != fits or "step" not in state:
+            cache = self._prepare(p, fits, state, dims)
+        if state.get("storage_order") != dims:
             raise ValueError(
                 f"parameter {ordinal} has another memory format than at its first step, in whose "
                 "order its state lies: choose formats before the first step, or create a new "
                 "optimizer"
             )
-        return _Item(ordinal, p, grad, state, cache.thresholds, flat)
+        return ordinal, p, shard, values, gradient.contiguous(), state, cache.thresholds
 
-    def _step_batch(self, group: dict[str, Any], batch: list[_Item]) -> None:
-        device = batch[0].param.device
+    def _step_batch(
+        self, group: dict[str, Any], batch: list[_Item], held: ops.HeldState | None = None
+    ) -> ops.HeldState | None:
+        """One call of the fused step; returns what may be passed as ``held`` to the next such."""
+        ordinals, params, shards, values, grads, states, thresholds = zip(*batch, strict=True)
+        held = ops.hold_state(states, thresholds, held)
+        device = params[0].device
         lr = group["lr"]
         is_compiling = torch.compiler.is_compiling()
         if isinstance(lr, Tensor) and lr.is_cpu and device.type != "cpu" and not is_compiling:
             lr = lr.item()  # a copy to the device would be waited for
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        ops.step_(
-            StepArguments(
-                params=[item.flat.values for item in batch],
-                grads=[item.flat.arrange(item.grad) for item in batch],
-                steps=[item.state["step"] for item in batch],
-                window_indices=[item.state["window_indices"] for item in batch],
-                window_values=[item.state["window_values"] for item in batch],
-                error=[item.state["error"] for item in batch],
-                error_min=[item.state["error_min"] for item in batch],
-                error_max=[item.state["error_max"] for item in batch],
-                thresholds=[item.thresholds for item in batch],
-                num_skipped_blocks=self._skipped_blocks_on(device),
-                lr_tensor=lr.to(device) if isinstance(lr, Tensor) else None,
-                grad_scale=None if grad_scale is None else grad_scale.to(device),
-                found_inf=None if found_inf is None else found_inf.to(device),
-                lr=0.0 if isinstance(lr, Tensor) else lr,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                alpha=group["alpha"],
-                density=group["density"],
-                block_size=group["block_size"],
-                bucket_size=group["bucket_size"],
-                stochastic_rounding=group["stochastic_rounding"],
-                seed=group["seed"],
-                ordinals=self._rounding_ordinals(group, batch),
-            )
+        args = StepArguments(
+            params=values,
+            grads=grads,
+            **ops.state_arguments(states, thresholds, held),
+            num_skipped_blocks=self._skipped_blocks_on(device),
+            lr_tensor=lr.to(device) if isinstance(lr, Tensor) else None,
+            grad_scale=None if grad_scale is None else grad_scale.to(device),
+            found_inf=None if found_inf is None else found_inf.to(device),
+            lr=0.0 if isinstance(lr, Tensor) else lr,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            alpha=group["alpha"],
+            density=group["density"],
+            block_size=group["block_size"],
+            bucket_size=group["bucket_size"],
+            stochastic_rounding=group["stochastic_rounding"],
+            seed=group["seed"],
+            ordinals=self._rounding_ordinals(params, ordinals)
+            if group["stochastic_rounding"]
+            else ordinals,
         )
-        for item in batch:
-            item.flat.write_back()
+        ops.step_(args)
+        for shard, stepped in zip(shards, values, strict=True):
+            if stepped is not shard:
+                shard.copy_(stepped)
+        return held
 
-    def _rounding_ordinals(self, group: dict[str, Any], batch: list[_Item]) -> list[int]:
+    def _rounding_ordinals(self, params: Sequence[Tensor], ordinals: Sequence[int]) -> list[int]:
         """What names each parameter's random bits: another number for every shard of it."""
-        if not group["stochastic_rounding"]:
-            return [item.ordinal for item in batch]
         num_params = sum(len(group["params"]) for group in self.param_groups)
-        ordinals = []
-        for item in batch:
+        names = []
+        for p, ordinal in zip(params, ordinals, strict=True):
             place = 0  # of the shard: where it begins in each dimension, folded into 32 bits
-            for first, _ in Shard.of(item.param).bounds:
+            for first, _ in Shard.of(p).bounds:
                 place = (place * 0x9E3779B1 + first) % 2**32
-            ordinals.append(item.ordinal + num_params * place)
-        return ordinals
+            names.append(ordinal + num_params * place)
+        return names
 
     def _prepare(
-        self, p: Tensor, layout: BlockLayout, state: dict[str, Any], dims: list[int] | None
+        self,
+        p: Tensor,
+        fits: tuple[int, Geometry, torch.device],
+        state: dict[str, Any],
+        dims: list[int] | None,
     ) -> _Cache:
         """Creates the state that is not there, or checks that it fits; once a layout."""
+        numel, geometry, _ = fits
+        layout = BlockLayout.of(numel, *geometry)
         is_compiling = torch.compiler.is_compiling()
         if p.is_cuda and not is_compiling and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -292,7 +324,7 @@ class MicroAdam(Optimizer):
                     "taken a step; create a new optimizer"
                 )
         thresholds = torch.zeros(layout.num_blocks, dtype=torch.float32, device=p.device)
-        self._caches[p] = _Cache(layout, p.device, thresholds)
+        self._caches[p] = _Cache(fits, thresholds)
         return self._caches[p]
 
     def _skipped_blocks_on(self, device: torch.device) -> Tensor:
@@ -407,51 +439,21 @@ class MicroAdam(Optimizer):
 class _Cache(NamedTuple):
     """What a parameter needs beside its state, and can make again."""
 
-    layout: BlockLayout  # that its state is known to fit
-    device: torch.device
+    fits: tuple[int, Geometry, torch.device]  # elements, geometry and device its state is made for
     thresholds: Tensor  # of the native kernels: see StepArguments
 
 
-class _Item(NamedTuple):
-    """A parameter that takes part in a step."""
-
-    ordinal: int  # its position in the optimizer
-    param: Tensor
-    grad: Tensor
-    state: dict[str, Any]
-    thresholds: Tensor
-    flat: _StorageOrder
+# A parameter that takes part in a step: its position in the optimizer; itself; this process's shard
+# of it, the dimensions as they lie in memory; that and the gradient as contiguous tensors; state;
+# thresholds. A plain tuple: to make a named one takes a third as long as what is in it.
+_Item = tuple[int, Tensor, Tensor, Tensor, Tensor, dict[str, Any], Tensor]
 
 
-class _StorageOrder:
-    """A parameter as a contiguous tensor whose elements are in the order they lie in memory.
+def _storage_order(t: Tensor) -> list[int] | None:
+    """The dimensions from the outermost to the innermost, those of size 1 first.
 
-    Of a sharded parameter, this process's shard. A dense tensor of any memory format is viewed;
-    only one with gaps is copied, and then `write_back` puts the result where it belongs.
+    None where they lie in their own order, as nearly always.
     """
-
-    def __init__(self, p: Tensor) -> None:
-        self._param = distributed.local(p)
-        # The dimensions from the outermost to the innermost, those of size 1 first; None where
-        # they lie in their own order, as nearly always.
-        self.dims: list[int] | None = None
-        if not self._param.is_contiguous():
-            sizes, strides = self._param.shape, self._param.stride()
-            dims = sorted(range(p.dim()), key=lambda d: (sizes[d] > 1, -strides[d]))
-            if dims != sorted(dims):
-                self.dims = dims
-                self._param = self._param.permute(dims)
-        self.values = self._param.contiguous()
-
-    def arrange(self, t: Tensor) -> Tensor:
-        """A tensor of the parameter's shape in that order; a view if possible."""
-        t = distributed.local(t)
-        return (t if self.dims is None else t.permute(self.dims)).contiguous()
-
-    def write_back(self) -> None:
-        if not self._param.is_contiguous():
-            self._param.copy_(self.values)
-
-
-def _layout_of(p: Tensor, group: dict[str, Any]) -> BlockLayout:
-    return distributed.layout_of(distributed.local(p).numel(), group)
+    sizes, strides = t.shape, t.stride()
+    dims = sorted(range(t.dim()), key=lambda d: (sizes[d] > 1, -strides[d]))
+    return None if dims == sorted(dims) else dims

@@ -288,6 +288,8 @@ class StepArguments(NamedTuple):
         ordinals: the position of each parameter in the optimizer; with ``seed``, the step and the
             element's index it decides the random bits of stochastic rounding.
         others: as `microadam.MicroAdam` takes them.
+        held_state: the state and the thresholds as `microadam.ops.HeldState` keeps them for the
+            native library; their lists are empty then.
     """
 
     params: Sequence[Tensor]
@@ -315,6 +317,7 @@ class StepArguments(NamedTuple):
     stochastic_rounding: bool
     seed: int
     ordinals: Sequence[int]
+    held_state: Tensor | None = None
 
 
 def step_(args: StepArguments) -> None:

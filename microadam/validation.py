@@ -16,7 +16,7 @@ from microadam.layout import MAX_BLOCK_SIZE, BlockLayout
 MIN_EPS = torch.finfo(torch.float32).tiny
 
 
-def check_gradient(grad: Tensor, p: Tensor, ordinal: int) -> None:
+def check_gradient(grad: Tensor, ordinal: int) -> None:
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"the gradient of parameter {ordinal} is sparse ({grad.layout}); MicroAdam needs dense "
@@ -27,6 +27,9 @@ def check_gradient(grad: Tensor, p: Tensor, ordinal: int) -> None:
             f"the gradient of parameter {ordinal} has dtype {grad.dtype}; MicroAdam needs real "
             "floating-point gradients"
         )
+
+
+def check_placements(grad: Tensor, p: Tensor, ordinal: int) -> None:
     if is_sharded(grad) and is_sharded(p) and grad.placements != p.placements:
         raise RuntimeError(
             f"the gradient of parameter {ordinal} has the placements {grad.placements}, the "

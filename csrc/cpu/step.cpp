@@ -67,14 +67,14 @@ void step_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
               const std::optional<Tensor>& found_inf, double lr, double beta1, double beta2,
               double eps, double weight_decay, double alpha, double density, int64_t block_size,
               int64_t bucket_size, bool stochastic_rounding, int64_t seed,
-              const std::vector<int64_t>& ordinals) {
+              const std::vector<int64_t>& ordinals, const std::optional<Tensor>& held_state) {
   if (found_inf && scalar_value(*found_inf, "found_inf") != 0) return;
   if (params.empty()) return;
   const Tensor& like = num_skipped_blocks;
   STD_TORCH_CHECK(like.is_cpu(), "num_skipped_blocks must be on the CPU");
-  const std::vector<Parameter> gathered =
-      gather_parameters(params, grads, steps, window_indices, window_values, error, error_min,
-                        error_max, thresholds, like, density, block_size, bucket_size, ordinals);
+  const auto [gathered, window_size] = gather_parameters(
+      params, grads, steps, window_indices, window_values, error, error_min, error_max, thresholds,
+      like, density, block_size, bucket_size, ordinals, held_state);
 
   if (lr_tensor) lr = scalar_value(*lr_tensor, "lr_tensor");
   const double scale = grad_scale ? scalar_value(*grad_scale, "grad_scale") : 1.0;
@@ -84,7 +84,7 @@ void step_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
   settings.grad_dtype = dtype_of(grads[0], "grads");
   settings.block_size = static_cast<int>(block_size);
   settings.bucket_size = static_cast<int>(bucket_size);
-  settings.window_size = static_cast<int>(window_indices[0].size(1));
+  settings.window_size = window_size;
   settings.inv_scale = static_cast<float>(1.0 / scale);
   settings.decay = weight_decay != 0 ? static_cast<float>(1 - lr * weight_decay) : 1.0f;
   settings.kept_share = static_cast<float>(1 - alpha);
@@ -95,8 +95,8 @@ void step_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
     settings.powers2.push_back(static_cast<float>(std::pow(beta2, age)));
   }
 
-  int64_t* total_skipped =
-      memory<int64_t>(num_skipped_blocks, like, ScalarType::Long, 1, "num_skipped_blocks");
+  int64_t* total_skipped = memory<int64_t>(num_skipped_blocks, DeviceNumber(like),
+                                           aoti_torch_dtype_int64(), 1, "num_skipped_blocks");
 
   std::vector<Stepped> parameters;
   parameters.reserve(gathered.size());

@@ -23,7 +23,8 @@ DeviceScalar scalar_of(const std::optional<Tensor>& t, const Tensor& like, const
   const ScalarType type = t->scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name,
                   " must be float32 or float64");
-  return {memory<void>(*t, like, type, 1, name), type == ScalarType::Double};
+  return {memory<void>(*t, DeviceNumber(like), dtype_number(*t), 1, name),
+          type == ScalarType::Double};
 }
 
 }  // namespace
@@ -37,12 +38,12 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
                const std::optional<Tensor>& found_inf, double lr, double beta1, double beta2,
                double eps, double weight_decay, double alpha, double density, int64_t block_size,
                int64_t bucket_size, bool stochastic_rounding, int64_t seed,
-               const std::vector<int64_t>& ordinals) {
+               const std::vector<int64_t>& ordinals, const std::optional<Tensor>& held_state) {
   if (params.empty()) return;
   const Tensor& like = num_skipped_blocks;
-  const std::vector<Parameter> parameters =
-      gather_parameters(params, grads, steps, window_indices, window_values, error, error_min,
-                        error_max, thresholds, like, density, block_size, bucket_size, ordinals);
+  const auto [parameters, window_size] = gather_parameters(
+      params, grads, steps, window_indices, window_values, error, error_min, error_max, thresholds,
+      like, density, block_size, bucket_size, ordinals, held_state);
 
   Launch launch = {};
   Settings& s = launch.settings;
@@ -54,8 +55,8 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
   s.lr_tensor = scalar_of(lr_tensor, like, "lr_tensor");
   s.grad_scale = scalar_of(grad_scale, like, "grad_scale");
   s.found_inf = scalar_of(found_inf, like, "found_inf");
-  s.num_skipped_blocks = memory<unsigned long long>(num_skipped_blocks, like, ScalarType::Long, 1,
-                                                    "num_skipped_blocks");
+  s.num_skipped_blocks = memory<unsigned long long>(
+      num_skipped_blocks, DeviceNumber(like), aoti_torch_dtype_int64(), 1, "num_skipped_blocks");
   s.seed = static_cast<uint64_t>(seed);
   s.eps = static_cast<float>(eps);
   s.kept_share = static_cast<float>(1 - alpha);
@@ -64,7 +65,7 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
   s.block_size = static_cast<int>(block_size);
   s.bucket_size = static_cast<int>(bucket_size);
   s.buckets_per_block = static_cast<int>(block_size / bucket_size);
-  s.window_size = static_cast<int>(window_indices[0].size(1));
+  s.window_size = window_size;
   s.stochastic_rounding = stochastic_rounding && s.param_dtype != Dtype::kFloat32;
 
   const auto num_blocks_of = [&](const Parameter& p) {
