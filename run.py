@@ -5,35 +5,101 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import config, hub, sweeps
-from experiments.errors import ExperimentError, how_to_go_on
+from experiments.errors import ExperimentError, how_to_go_on, require, require_choice
 from experiments.optimizers import OPTIMIZERS
 
 _CONFIGS = Path(__file__).parent / "configs"
 _INTERNAL_GROUPS = ("preset", "table")  # chosen by task and scale together; of scripts/table.py
 
 
-def config_groups() -> str:
-    """The groups a user chooses from, one a line, for --help."""
-    groups = {
-        folder.name: ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+def groups() -> dict[str, list[str]]:
+    """What a user chooses from, by group."""
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
         for folder in sorted(_CONFIGS.iterdir())
         if folder.is_dir() and folder.name not in _INTERNAL_GROUPS
     }
-    return "\n".join(f"  {name}: {choices}" for name, choices in groups.items())
+
+
+def config_groups() -> str:
+    """The groups, one a line, for --help."""
+    return "\n".join(f"  {name}: {', '.join(choices)}" for name, choices in groups().items())
+
+
+def command_line(given: Sequence[str]) -> list[str]:
+    """The arguments with all overrides in one piece, which is how Hydra's argparse takes them.
+
+    Raises:
+        ExperimentError: as `completed`.
+    """
+    options: list[str] = []
+    overrides: list[str] = []
+    for before, argument in zip(["", *given], given, strict=False):
+        is_value = before.startswith("-") and "=" not in argument  # as job in --cfg job
+        is_option = argument.startswith("-") or (is_value and not argument.startswith("~"))
+        (options if is_option else overrides).append(argument)
+    return completed(overrides) + options
+
+
+def completed(overrides: Sequence[str]) -> list[str]:
+    """The overrides as they are meant, where Hydra would take them otherwise.
+
+    ``~/`` at the beginning of a value is the home folder. Epochs that are asked for win over the
+    number of steps that a preset may have, which replaces epochs.
+
+    Raises:
+        ExperimentError: an override that Hydra cannot read, or answers with a traceback.
+    """
+    overrides = [_with_home(override) for override in overrides]
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        remedy = (
+            "a value with other characters than letters, digits and /-_.:%+@?| wants quotes that "
+            "the shell leaves: 'dataset.path=\"a=b\"'"
+        )
+        if "=" not in error.override:
+            remedy = "must be key=value"
+        raise ExperimentError(f"{error.override}: cannot be read; {remedy}") from error
+    values = {override.key_or_group: override.input_line for override in parsed}
+    choices = groups()
+    for override in parsed:
+        name, value = override.key_or_group, override.value()
+        if not name:
+            raise ExperimentError(f"{override.input_line}: there is no key before the =")
+        is_choice = name in choices and not (override.is_delete() or override.is_sweep_override())
+        if is_choice and not isinstance(value, str | list):  # Hydra's traceback does not say which
+            require_choice(name, str(override.input_line).partition("=")[2], *choices[name])
+        require(
+            not name.startswith("images.") or "imagenet" in str(values.get("task")),
+            name,
+            value,
+            "only task=imagenet has images; leave it out",
+        )
+    if "training.epochs" in values and "training.max_steps" not in values:
+        overrides.append("training.max_steps=null")
+    return overrides
+
+
+def _with_home(override: str) -> str:
+    name, equals, value = override.partition("=")
+    return f"{name}{equals}{Path(value).expanduser()}" if value.startswith("~/") else override
 
 
 def register_schemas() -> None:
@@ -54,14 +120,27 @@ def compose(*overrides: str) -> config.RunConfig:
     register_schemas()
     with hydra.initialize_config_dir(str(_CONFIGS.resolve()), version_base="1.3"):
         try:
-            composed = hydra.compose("config", overrides=list(overrides))
+            composed = hydra.compose("config", overrides=completed(overrides))
         except (HydraException, OmegaConfBaseException) as error:
             raise ExperimentError(_one_line(error)) from error
     return config.parse(composed)
 
 
+class Refused(BaseException):
+    """Takes an `ExperimentError` past Hydra, which would put a line of its own before it."""
+
+
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def main(composed: DictConfig) -> str:
+    try:
+        return _execute(composed)
+    except ExperimentError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # to `Sweep`
+        raise Refused(error) from error
+
+
+def _execute(composed: DictConfig) -> str:
     run_config = config.parse(composed)
     hub.go_offline_if_unreachable()
     from experiments.runner import execute  # torch and transformers load only when a run starts
@@ -123,13 +202,14 @@ _NOISE = (
     "Config search path",
     "provider=",
     "Set the env",
+    "See https://hydra.cc",
     "To append to your config",  # what is no key of RunConfig would be read by nothing
 )
 
 
 def _one_line(error: BaseException) -> str:
     """The message; for Hydra's and OmegaConf's errors with their causes, but without the noise."""
-    if isinstance(error, ExperimentError):
+    if isinstance(error, ExperimentError | Refused):
         return str(error)
     messages: list[str] = []
     cause: BaseException | None = error
@@ -151,8 +231,10 @@ if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here instead of half-printed
     register_schemas()
     try:
+        sys.argv[1:] = command_line(sys.argv[1:])
         main()
     except (
+        Refused,
         ExperimentError,
         HydraException,
         OmegaConfBaseException,

@@ -170,7 +170,7 @@ class HardwareConfig:
 @dataclass
 class TrainingConfig:
     epochs: float = 1.0
-    max_steps: int | None = None  # replaces epochs
+    max_steps: int | None = None  # replaces epochs, unless run.py is given those alone
     global_batch_size: int = MISSING  # examples a step
     warmup_steps: int = 0
     schedule: str = "linear"  # after the warm-up: linear | cosine (both to 0) | constant
