@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import tasks
 from experiments.config import run_hash
 from experiments.errors import ExperimentError
 from experiments.optimizers import MicroAdamConfig
@@ -86,6 +87,22 @@ def test_at_paper_scale_no_data_is_generated(composed: Compose, task: str) -> No
     config = composed(f"task={task}", "scale=paper")
     harness = [harness_task.dataset for harness_task in config.evaluation.harness.values()]
     assert {dataset.source for dataset in (config.dataset, *harness)} == {"real"}
+
+
+@pytest.mark.parametrize("scale", _names("scale"))
+@pytest.mark.parametrize("evaluation", _names("evaluation"))
+def test_an_evaluation_is_taken_or_refused_with_a_sentence(
+    composed: Compose, scale: str, evaluation: str
+) -> None:
+    """Presets that set something of one evaluation made all others incomplete."""
+    config = composed("task=open_platypus", f"scale={scale}", f"evaluation={evaluation}")
+    sources = {task.dataset.source for task in config.evaluation.harness.values()}
+    assert sources == {config.dataset.source}
+    if "gsm8k" in evaluation:
+        with pytest.raises(ExperimentError, match=r"gsm8k\.dataset=.*choose task=gsm8k"):
+            tasks.chosen(config)
+    else:
+        tasks.chosen(config)
 
 
 def test_the_preset_knows_the_learning_rate_of_each_optimizer(composed: Compose) -> None:
