@@ -137,7 +137,7 @@ def make(
     if num_missing:
         caption.append(f"Incomplete; runs missing: {num_missing}.")
     if used:
-        caption += _selection(states) + _provenance(used, columns)
+        caption += _selection(states, rows) + _provenance(used, columns)
     return Table(name, scale, title, columns, rows, caption)
 
 
@@ -183,20 +183,22 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(set(names)))
 
 
-def _selection(states: list[State]) -> list[str]:
-    """How learning rates were chosen, and what the spread is."""
+def _selection(states: list[State], rows: list[Row]) -> list[str]:
+    """How learning rates were chosen, and what the marks in the rows mean."""
     sentences = []
     if any(len(state.cell.learning_rates) > 1 for state in states):
         sentences.append(
             "Learning rate: the one with the lowest training loss over the last tenth of the "
             f"steps with seed {states[0].cell.seeds[0]}; the best runs with all seeds; the score "
-            "took no part. * the best is the lowest or the highest that was tried."
+            "took no part."
         )
     else:
         sentences.append("Learning rate: one for each row, chosen beforehand.")
-    if any(len(state.cell.seeds) > 1 for state in states):
+    if any(row.is_best_at_edge for row in rows):
+        sentences.append("* the best is the lowest or the highest that was tried.")
+    if any("±" in value.text for row in rows for value in row.values if value is not None):
         sentences.append("± is the standard deviation of a sample, over seeds.")
-    else:
+    elif all(row.num_seeds <= 1 for row in rows):
         sentences.append("One seed: the spread is not known.")
     return sentences
 

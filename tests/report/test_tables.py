@@ -70,6 +70,22 @@ def test_one_seed_has_no_spread() -> None:
     assert row.values[1] == tables.Value(0.5, None, "50.0")
 
 
+def test_a_caption_explains_only_marks_that_are_in_the_table() -> None:
+    """Table 1's explained a * that no row had."""
+    grid = dataclasses.replace(cell(seeds=(42, 7)), learning_rates=(1e-4, 1e-3))
+    losses = {1e-4: 0.9, 1e-3: 0.8}
+    found = [record(lr=lr, metrics={"train/final_loss": loss}) for lr, loss in losses.items()]
+    one_seed = made(found, grid)
+    assert "*" in one_seed.cells(one_seed.rows[0])[-2]
+    assert "* the best is the lowest or the highest that was tried." in one_seed.caption
+    assert "One seed: the spread is not known." in one_seed.caption
+    lower = record(lr=1e-3, seed=7), record(lr=2e-3, metrics={"train/final_loss": 0.85})
+    two_seeds = made([*found, *lower], dataclasses.replace(grid, learning_rates=(1e-4, 1e-3, 2e-3)))
+    caption = " ".join(two_seeds.caption)
+    assert "*" not in two_seeds.cells(two_seeds.rows[0])[-2] + caption
+    assert "± is the standard deviation" in caption
+
+
 def test_what_did_not_run_is_empty_and_the_caption_counts_it() -> None:
     table = made(of_seeds({42: 0.5}), cell(), cell("adamw"))
     assert table.cells(table.rows[1]) == ["tiny BERT", "adamw", *[""] * 7]
