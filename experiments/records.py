@@ -30,7 +30,7 @@ from typing import IO, Any
 import yaml
 
 import microadam
-from experiments import atomic
+from experiments import atomic, status
 from experiments.config import RunConfig, run_hash
 from experiments.errors import ExperimentError
 
@@ -94,10 +94,7 @@ class RunFolder:
 
     def finished_record(self) -> dict[str, Any] | None:
         """The record, or None where the run is not finished."""
-        if not self._record.exists():
-            return None
-        record: dict[str, Any] = json.loads(self._record.read_text(encoding="utf-8"))
-        return record
+        return status.read_record(self._record)
 
     def was_interrupted_since(self, moment: datetime) -> bool:
         """Whether it was started after ``moment`` and has not finished."""
@@ -130,11 +127,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All complete lines of metrics.jsonl; a kill may have cut the last one short."""
-        if not self._metrics.exists():
-            return []
-        text = self._metrics.read_text(encoding="utf-8")
-        complete = text[: text.rfind("\n") + 1]
-        return [json.loads(line) for line in complete.splitlines()]
+        return status.read_lines(self._metrics)
 
     def rewind_metrics(self, step: int) -> None:
         """Drops what a run repeats that goes on after ``step``: later steps and the final test."""

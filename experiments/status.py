@@ -7,12 +7,16 @@ import fcntl
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from experiments.errors import ExperimentError, reason
+from experiments.report import formats
 
 
 @dataclass(frozen=True)
@@ -20,39 +24,51 @@ class RunStatus:
     """What the folder of a run tells without loading anything of it into torch."""
 
     path: Path
-    state: str  # finished | diverged | running | failed | interrupted | not started
+    state: str  # finished | diverged | running | failed | interrupted | not started | broken
     num_steps: int  # done
+    num_steps_in_all: int | None  # None: not known yet
     metrics: dict[str, Any]  # those of the record, or the latest logged
     config: dict[str, Any]
-    error: str  # of a failed run, else empty
+    error: str  # of a failed or broken run, else empty
     age_s: float  # since something was last written
 
 
 def read(path: Path) -> RunStatus:
     """The status of the run in the folder ``path``, which need not exist."""
-    record = _json(path / "record.json")
-    lines = _lines(path / "metrics.jsonl")
-    config_file = path / "config.yaml"
-    error_file = path / "error.txt"
+    record: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    lines: list[dict[str, Any]] = []
+    error = ""
+    try:
+        record = read_record(path / "record.json") or {}
+        lines = read_lines(path / "metrics.jsonl")
+        config = _read_config(path / "config.yaml")
+    except ExperimentError as broken:
+        error = str(broken)
     metrics: dict[str, Any] = {}
     for line in lines:
         metrics |= line
     written = [file.stat().st_mtime for file in path.glob("*") if file.is_file()]
-    if record:
+    error_file = path / "error.txt"
+    if error:
+        state = "broken"
+    elif record:
         state = record["status"]
     elif _is_locked(path.with_suffix(".lock")):
         state = "running"
     elif error_file.exists():
         state = "failed"
+        error = error_file.read_text(encoding="utf-8").strip()
     else:
         state = "interrupted" if written else "not started"
     return RunStatus(
         path,
         state,
         record.get("num_steps", metrics.get("step", 0)),
+        metrics.get("num_steps", config.get("training", {}).get("max_steps")),
         record.get("metrics", metrics),
-        yaml.safe_load(config_file.read_text(encoding="utf-8")) if config_file.exists() else {},
-        error_file.read_text(encoding="utf-8").strip() if state == "failed" else "",
+        config,
+        error,
         time.time() - max(written, default=time.time()),
     )
 
@@ -83,6 +99,12 @@ def number(metrics: dict[str, Any], *names: str) -> str:
     return next((f"{metrics[name]:.3f}" for name in names if name in metrics), "")
 
 
+def _progress(run: RunStatus) -> str:
+    """``120/250``, or ``120`` where the number of all steps is not known."""
+    in_all = "" if run.num_steps_in_all is None else f"/{run.num_steps_in_all}"
+    return f"{run.num_steps}{in_all}"
+
+
 def age(age_s: float) -> str:
     for unit, seconds in (("d", 86400), ("h", 3600), ("min", 60)):
         if age_s >= seconds:
@@ -90,29 +112,49 @@ def age(age_s: float) -> str:
     return f"{age_s:.0f} s"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Left-aligned columns, as wide as their widest cell."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A run's record; None where there is none.
 
-
-def _json(path: Path) -> dict[str, Any]:
+    Raises:
+        ExperimentError: it is broken.
+    """
     if not path.exists():
-        return {}
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
+        return None
+    with _explained(path):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not {"status", "metrics"} <= record.keys():
+            raise ValueError("no record of a run")
+        return record
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines; a run that is going on may be writing the last one."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's metrics; a kill may have cut the last one short.
+
+    Raises:
+        ExperimentError: one of them is broken.
+    """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    with _explained(path):
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    with _explained(path):
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, yaml.YAMLError) as error:
+        raise ExperimentError(
+            f"{path} is broken ({reason(error)}); force=true runs it again and keeps the folder"
+        ) from error
 
 
 def _is_locked(lock: Path) -> bool:
@@ -147,17 +189,17 @@ def main(arguments: Sequence[str]) -> None:
                 "" if lr is None else f"{lr:g}",
                 str(run.config.get("seed", "")),
                 run.state,
-                str(run.num_steps),
+                _progress(run),
                 number(run.metrics, "train/final_loss", "train/loss"),
                 number(run.metrics, "eval/loss"),
                 headline(run.metrics),
                 age(run.age_s),
             ]
         )
-    print(table(header, rows))
+    print(formats.terminal(header, rows, len(header)))
     for run in runs:
         if run.error:
-            print(f"\n{'/'.join(run.path.parts[-4:])} failed:\n  {run.error}")
+            print(f"\n{'/'.join(run.path.parts[-4:])} {run.state}:\n  {run.error}")
 
 
 if __name__ == "__main__":

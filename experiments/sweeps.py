@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import atomic, status
+from experiments.report import formats
 
 
 def keep_job(folder: Path, number: int, job: dict[str, Any]) -> None:
@@ -45,5 +46,7 @@ def summary(folder: Path) -> tuple[str, int]:
             ]
         )
     header = ["job", "overrides", "state", "train loss", "eval loss", "score", "run"]
-    text = "\n".join([f"\nSweep of {len(rows)} jobs", status.table(header, rows), *errors])
+    text = "\n".join(
+        [f"\nSweep of {len(rows)} jobs", formats.terminal(header, rows, len(header)), *errors]
+    )
     return text, len(errors)

@@ -111,7 +111,7 @@ def train(
             torch.manual_seed(((config.seed * 1_000_003 + step) * 1_009 + rank) % 2**63)
             metrics = _step(setup, release, batches_of_steps, totals)
             schedule.step()
-            metrics["step"] = step + 1
+            metrics |= {"step": step + 1, "num_steps": last_step}
             log(metrics)
             if not math.isfinite(metrics["train/loss"]):
                 if rank == 0:

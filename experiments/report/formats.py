@@ -25,7 +25,8 @@ def rate(learning_rate: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-# Below, the first two columns of all lines are names, the others numbers, aligned to the right.
+# Below, the first two columns of all lines are names, the others numbers, aligned to the right;
+# for a terminal there may be more names.
 
 
 def markdown(title: str, head: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> str:
@@ -64,12 +65,13 @@ def _escaped(text: str) -> str:
     return escaped.replace("±", r"$\pm$")
 
 
-def terminal(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def terminal(head: Sequence[str], lines: Sequence[Sequence[str]], num_names: int = 2) -> str:
+    """Columns as wide as their widest cell; those behind the first ``num_names`` are numbers."""
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     return "\n".join(
         "  ".join(
-            f"{cell:{'<' if i < 2 else '>'}{width}}"
+            f"{cell:{'<' if i < num_names else '>'}{width}}"
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in [head, *lines]
+        ).rstrip()
+        for line in [head, ["-" * width for width in widths], *lines]
     )

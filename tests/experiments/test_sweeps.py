@@ -133,13 +133,55 @@ def test_the_status_lists_every_run_with_its_state(
     assert "no runs below" in capsys.readouterr().out
 
 
-def test_ages_and_tables_are_readable() -> None:
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("record.json", '{"status": "fini'),
+        ("record.json", "[]"),
+        ("metrics.jsonl", '{"step": 1}\n{"st\n'),
+        ("config.yaml", "a: [1"),
+    ],
+)
+def test_a_broken_run_is_listed_as_that_and_the_others_with_it(
+    composed: Compose, capsys: pytest.CaptureFixture[str], file: str, content: str
+) -> None:
+    """One cut-off record ended the list of all runs with a traceback."""
+    config = composed(*SHORT, "evaluation.before_training=false")
+    execute(config)
+    run = RunFolder(config)
+    broken = run.path.with_name("0123456789")
+    broken.mkdir()
+    (broken / file).write_text(content)
+    capsys.readouterr()
+    status.main([config.results_dir])
+    printed = capsys.readouterr().out
+    steps = {line.split()[3]: line.split()[6:8] for line in printed.splitlines()[2:3]}
+    assert steps == {run.hash: ["finished", "2/2"]}
+    assert f"{broken / file} is broken (" in printed
+    assert "force=true" in printed
+
+
+def test_a_run_with_a_broken_record_says_so_and_can_run_again(composed: Compose) -> None:
+    config = composed(*SHORT, "evaluation.before_training=false")
+    record = RunFolder(config).path / "record.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{")
+    with pytest.raises(ExperimentError, match=r"record\.json is broken .*force=true"):
+        execute(config)
+    execute(composed(*SHORT, "evaluation.before_training=false", "force=true"))
+    assert status.read(record.parent).state == "finished"
+
+
+def test_the_status_counts_the_steps_of_a_run_in_epochs(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many they are is known once its data is read."""
+    config = composed("scale=smoke", "hardware=cpu", "training.epochs=0.5", "evaluation.limit=1")
+    _interrupted(config, monkeypatch)
+    run = status.read(RunFolder(config).path)
+    assert (run.state, run.num_steps, run.num_steps_in_all) == ("interrupted", 4, 4)
+
+
+def test_ages_are_readable() -> None:
     ages = [status.age(seconds) for seconds in (5, 150, 7300, 200_000)]
     assert ages == ["5 s", "2 min", "2 h", "2 d"]
-    text = status.table(["a", "long"], [["wide cell", "x"], ["", "y"]])
-    assert text.splitlines() == [
-        "a          long",
-        "---------  ----",
-        "wide cell  x",
-        "           y",
-    ]

@@ -163,6 +163,12 @@ def test_learning_rates_are_short(number: float, text: str) -> None:
     assert formats.rate(number) == text
 
 
+@pytest.mark.parametrize(("num_names", "number"), [(1, "   x"), (2, "x")])
+def test_a_table_for_a_terminal_has_columns(num_names: int, number: str) -> None:
+    text = formats.terminal(["a", "long"], [["wide cell", "x"], ["", "y"]], num_names)
+    assert text.splitlines()[:3] == ["a          long", "---------  ----", f"wide cell  {number}"]
+
+
 def test_a_run_on_data_in_a_folder_of_the_users_is_not_the_tables() -> None:
     config = record()["config"]
     own = {**config, "dataset": {**config["dataset"], "path": "mine"}}
