@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from transformers import (
@@ -51,6 +52,15 @@ class LoadedModel:
     model: PreTrainedModel  # float32, on the CPU
     tokenizer: PreTrainedTokenizerBase
     source: str  # random, or where the weights came from
+
+
+def quieten_transformers() -> None:
+    """No reports and bars of loading weights; but bars of downloads, which can take hours."""
+    shows_downloads = not are_progress_bars_disabled()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if shows_downloads:
+        enable_progress_bars()
 
 
 def load_causal_lm(config: ModelConfig) -> LoadedModel:

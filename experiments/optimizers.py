@@ -8,6 +8,7 @@ methods: experiments/config.py reads this file, and `python run.py --cfg job` mu
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ class MicroAdamConfig(AdamWConfig):
 @dataclass
 class Adam8bitConfig(AdamWConfig):
     def build(self, model: Module) -> Optimizer:
-        bitsandbytes = _import(self.name, "bitsandbytes.optim", "bitsandbytes>=0.50")
+        bitsandbytes = _bitsandbytes(self.name)
         return bitsandbytes.AdamW8bit(self.groups(model), **self.adam_arguments())
 
     def state_bytes(self, model: Module) -> int:
@@ -294,7 +295,7 @@ class LionConfig(OptimizerConfig):
         _require_betas(self.betas, 2)
 
     def build(self, model: Module) -> Optimizer:
-        bitsandbytes = _import(self.name, "bitsandbytes.optim", "bitsandbytes>=0.50")
+        bitsandbytes = _bitsandbytes(self.name)
         return bitsandbytes.Lion(self.groups(model), lr=self.lr, betas=tuple(self.betas))
 
     def state_bytes(self, model: Module) -> int:
@@ -392,6 +393,12 @@ def _require_betas(betas: list[float], num: int) -> None:
 def _require_eps_pair(eps: list[float]) -> None:
     is_valid = len(eps) == 2 and min(eps) > 0
     require(is_valid, "optimizer.eps", eps, "must be 2 numbers greater than 0")
+
+
+def _bitsandbytes(optimizer: str) -> Any:
+    # It warns that a kernel for inference in 4 bits, which no optimizer uses, is not installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    return _import(optimizer, "bitsandbytes.optim", "bitsandbytes>=0.50")
 
 
 def _import(optimizer: str, module: str, requirement: str) -> Any:

@@ -18,6 +18,8 @@ from experiments.data.order import num_steps
 from experiments.errors import ExperimentError
 from experiments.hardware import resolve_precision
 
+UNPLANNED_GIB = 1.0  # what a GPU's driver and the allocator's fragmentation take, roughly
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -35,6 +37,10 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         return self.param_bytes + self.grad_bytes + self.state_bytes + self.activation_bytes
+
+    def fits(self, memory_gib: float) -> bool:
+        """Whether a card of that size has room for the peak and for what is not planned."""
+        return self.peak_bytes / 2**30 + UNPLANNED_GIB <= memory_gib
 
 
 class LiveBytes(TorchDispatchMode):
@@ -100,8 +106,8 @@ def make(config: RunConfig) -> Plan:
     eager operators allocate them. The sum takes them to be alive together with all gradients, which
     holds as soon as gradients are accumulated, and is the upper end otherwise. Under gradient
     release the few gradients that are alive at a time count as activations. Not counted are what a
-    GPU's driver and the allocator's fragmentation take (about 1 GiB), what generation takes in an
-    evaluation, and the temporaries of a step in plain torch (0.5 GiB; the native ones need none).
+    GPU's driver and the allocator's fragmentation take (`UNPLANNED_GIB`), what generation takes in
+    an evaluation, and a step's temporaries in plain torch (0.5 GiB; the native one needs none).
     """
     task = tasks.chosen(config)
     precision = resolve_precision(config.hardware)

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 
 from experiments import (
     activations,
@@ -23,6 +21,7 @@ from experiments import (
     distributed,
     hardware,
     interruption,
+    models,
     optimizers,
     planning,
     summary,
@@ -52,7 +51,7 @@ def execute(config: RunConfig, overrides: Sequence[str] = ()) -> Path:
         ExperimentError: something the user can mend; what was there before is kept.
         SystemExit: a signal asked the run to stop; its exit code is `interruption.EXIT_CODE`.
     """
-    _quieten_transformers()
+    models.quieten_transformers()
     run = RunFolder(config)
     if config.dry_run:
         if distributed.rank() == 0:
@@ -70,15 +69,6 @@ def execute(config: RunConfig, overrides: Sequence[str] = ()) -> Path:
                 record = _run(config, overrides, run, machine, signals)
         print(summary.of_record(record, run.path))
     return run.path
-
-
-def _quieten_transformers() -> None:
-    """No reports and bars of loading weights; but bars of downloads, which can take hours."""
-    shows_downloads = not are_progress_bars_disabled()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if shows_downloads:
-        enable_progress_bars()
 
 
 def _earlier_record(config: RunConfig, run: RunFolder) -> dict[str, Any] | None:

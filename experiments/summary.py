@@ -10,7 +10,7 @@ from experiments.checkpoints import Checkpoint
 from experiments.config import RunConfig, TrainingConfig
 from experiments.data.order import num_steps
 from experiments.hardware import Hardware
-from experiments.planning import Plan
+from experiments.planning import UNPLANNED_GIB, Plan
 from experiments.report import formats
 from experiments.tasks import Task
 
@@ -95,12 +95,23 @@ def of_plan(config: RunConfig, plan: Plan) -> str:
 
 
 def _verdict(plan: Plan, memory_gib: float | None) -> str:
-    if memory_gib is None:
+    if memory_gib is None or not plan.fits(memory_gib):
+        return shortage(plan, memory_gib)
+    spare = memory_gib * _GIB - plan.peak_bytes
+    return f": fits the card's {memory_gib:g} GiB with {formats.size(spare)} to spare"
+
+
+def shortage(plan: Plan, memory_gib: float | None) -> str:
+    """What to say behind the peak where the plan does not fit the card; else empty."""
+    if memory_gib is None or plan.fits(memory_gib):
         return ""
     spare = memory_gib * _GIB - plan.peak_bytes
     if spare < 0:
         return f": {formats.size(-spare)} more than the card's {memory_gib:g} GiB"
-    return f": fits the card's {memory_gib:g} GiB with {formats.size(spare)} to spare"
+    return (
+        f": does not fit; it leaves {formats.size(spare)} of the card's {memory_gib:g} GiB, and "
+        f"the driver and fragmentation take about {UNPLANNED_GIB:g} GiB"
+    )
 
 
 def of_start(

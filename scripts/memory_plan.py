@@ -28,7 +28,6 @@ from run import compose
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- written by make memory-table -->"  # of the table in docs/scale.md
 END = "<!-- end -->"
-UNPLANNED_GIB = 1.0  # what a GPU's driver and the allocator's fragmentation take, roughly
 
 
 def _with_state_of(config: RunConfig, plan: planning.Plan) -> planning.Plan:
@@ -82,7 +81,7 @@ def scale_table(table: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) ->
             card_gib = of_model[0]["config"]["hardware"]["memory_gib"]
             peaks_gib = [row["peak_bytes"] / 2**30 for row in of_model]
             cells = [
-                f"**{peak:.1f}**" if peak + UNPLANNED_GIB <= card_gib else f"{peak:.1f}"
+                f"**{peak:.1f}**" if peak + planning.UNPLANNED_GIB <= card_gib else f"{peak:.1f}"
                 for peak in peaks_gib
             ]
             lines.append([model, f"{card_gib:g}", *cells])

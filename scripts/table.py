@@ -113,9 +113,8 @@ def print_plan(states: list[State], found: list[Record]) -> None:
         num_missing = len(state.missing) + state.num_later
         line = f"  {name:<{max(map(len, names))}}  {num_found} of {num_found + num_missing} runs"
         if num_missing:
-            peak = formats.size(_planned_peak_bytes(state.cell))
             time_text = _time_text(_seconds([state], found))
-            line += f"; missing: {time_text}, planned peak memory {peak}"
+            line += f"; missing: {time_text}, planned peak memory {_planned_peak(state.cell)}"
         print(line, flush=True)
     num_missing = sum(len(state.missing) + state.num_later for state in states)
     time_text = f"{_time_text(_seconds(states, found))}, one after the other"
@@ -164,10 +163,14 @@ def time_left(seconds: float | None, seconds_at_start: float | None, elapsed_s: 
     return f"left, one after the other: {_time_text(seconds)}"
 
 
-def _planned_peak_bytes(cell: Cell) -> int:
+def _planned_peak(cell: Cell) -> str:
+    """And by how much it is too much for the card."""
     from experiments.planning import make  # loads torch, which a table that is complete spares
+    from experiments.summary import shortage
 
-    return make(compose(*cell.overrides)).peak_bytes
+    config = compose(*cell.overrides)
+    plan = make(config)
+    return formats.size(plan.peak_bytes) + shortage(plan, config.hardware.memory_gib)
 
 
 def do_missing(cells: list[Cell], options: argparse.Namespace) -> tuple[list[State], list[str]]:

@@ -17,6 +17,13 @@ _SELECTED_BY = "train/final_loss"
 _WIDENING = 2.0  # ratio between a grid's edge and the rate added beyond it
 _MAX_WIDENINGS = 3  # on one side
 
+# Keys of a config that decide how long a run is.
+_LENGTH = {
+    "training": ("epochs", "max_steps", "global_batch_size"),
+    "dataset": ("num_train", "num_held_out"),
+    "evaluation": ("limit",),
+}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -138,7 +145,7 @@ def _beyond(best: float, rates: list[float], cell: Cell) -> float | None:
 
 
 def estimated_s(run: Run, records: list[Record]) -> float | None:
-    """Seconds that the run may take: the mean of the most similar runs, or None without any."""
+    """Seconds that the run may take: the mean of the most similar runs as long as it, or None."""
     config = run.config
     for names in (("task", "scale", "model", "optimizer"), ("task", "scale", "model")):
         times = [
@@ -146,14 +153,15 @@ def estimated_s(run: Run, records: list[Record]) -> float | None:
             for record in records
             if not record.has_diverged
             and all(_name(record.values["config"][n]) == _name(config[n]) for n in names)
-            and all(
-                record.values["config"]["training"][n] == config["training"][n]
-                for n in ("epochs", "max_steps")
-            )
+            and _length(record.values["config"]) == _length(config)
         ]
         if times:
             return sum(times) / len(times)
     return None
+
+
+def _length(config: dict[str, Any]) -> list[Any]:
+    return [config.get(part, {}).get(name) for part, names in _LENGTH.items() for name in names]
 
 
 def _name(choice: str | dict[str, Any]) -> str:

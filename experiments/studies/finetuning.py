@@ -54,6 +54,7 @@ def load(
     Raises:
         ExperimentError: there is no such data set or model, or its weights are not installed.
     """
+    models.quieten_transformers()
     rows = training_rows(dataset, data)
     order = torch.randperm(len(rows.rows["train"])).tolist()
     drawn = [

@@ -49,6 +49,8 @@ def test_a_plan_that_does_not_fit_says_by_how_much(
 ) -> None:
     execute(composed("scale=smoke", "hardware.memory_gib=0.001", "dry_run=true"))
     assert "MiB more than the card's 0.001 GiB" in capsys.readouterr().out
+    execute(composed("scale=smoke", "hardware.memory_gib=1", "dry_run=true"))
+    assert "MiB of the card's 1 GiB, and the driver" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import microadam
 from experiments.errors import ExperimentError
 from experiments.report import figures_studies
 from experiments.studies import __main__ as studies
-from experiments.studies import compressor, convergence, galore_error
+from experiments.studies import compressor, convergence, finetuning, galore_error
 from experiments.studies.variant import MicroAdamVariant, pad_to_buckets, round_trip
 from microadam import MicroAdam
 
@@ -278,6 +279,16 @@ def test_wrong_setting_is_named(tmp_path: Path, changes: list[str], message: str
     with pytest.raises(ExperimentError, match=message):
         studies.run("galore_error", changes, tmp_path, tmp_path)
     assert not (tmp_path / "studies").exists()
+
+
+def test_a_study_loads_its_model_without_a_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """transformers reports a classifier's new head, and shows a bar."""
+    transformers.utils.logging.set_verbosity_warning()
+    transformers.utils.logging.enable_progress_bar()
+    finetuning.load("mnli", "minilm_l6", tmp_path, num_batches=1, batch_size=2, max_length=32)
+    assert capfd.readouterr().err == ""
 
 
 def test_overview_names_every_study(

@@ -171,5 +171,20 @@ def test_time_is_estimated_from_the_most_similar_runs() -> None:
     assert planning.estimated_s(run, []) is None
     assert planning.estimated_s(run, [other]) == 60.0
     assert planning.estimated_s(run, [other, done(1e-4, 0.5)]) == 120.0
-    other.values["config"]["training"]["max_steps"] = 2
-    assert planning.estimated_s(run, [other]) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training": {"max_steps": 2}},
+        {"training": {"global_batch_size": 4}},
+        {"dataset": {"num_train": 100}},
+        {"evaluation": {"limit": 8}},
+    ],
+)
+def test_a_run_of_another_length_tells_no_time(changes: dict[str, dict[str, int]]) -> None:
+    """Records from before a preset changed its number of examples did."""
+    other = done(1e-3, 0.5)
+    for section, values in changes.items():
+        other.values["config"].setdefault(section, {}).update(values)
+    assert planning.estimated_s(Run(cell(), 1e-3, 42), [other]) is None

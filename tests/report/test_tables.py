@@ -278,6 +278,17 @@ def test_missing_runs_are_done_once_and_a_deleted_record_is_the_only_one_done_ag
     assert all("force=true" in overrides for overrides in ran)
 
 
+def test_a_plan_marks_the_rows_that_do_not_fit_the_card(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["table2", "--scale", "paper", "--hardware", "rtx3090", "--results-dir", str(tmp_path)]
+    script.make_table(script.arguments([*own, "--dry"]))
+    rows = [line for line in capsys.readouterr().out.splitlines() if "runs; missing" in line]
+    fitting = {row.split("  ")[1] for row in rows if "GiB more than the card's 24 GiB" not in row}
+    assert len(rows) == 8
+    assert fitting == {"Llama-2 7B, MicroAdam, m = 10", "Llama-2 7B, MicroAdam, m = 20"}
+
+
 @pytest.mark.parametrize(("scale", "says"), [("mini", True), ("smoke", False)])
 def test_a_plan_says_where_the_data_is_not_that_of_the_local_folder(
     scale: str,
