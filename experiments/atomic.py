@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from experiments.errors import ExperimentError
 
 
@@ -46,12 +48,21 @@ def explained(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        raise ExperimentError(
-            f"{path}: could not be written ({error.strerror}); nothing that was there is lost: "
-            "make room, or choose another folder with results_dir (or $MICROADAM_CACHE), then the "
-            "same command goes on"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise _not_written(path, error) from error
+    except RuntimeError as error:
+        # Given an open file, torch.save meets the OSError, but says only "unexpected pos".
+        if isinstance(error.__context__, OSError):
+            raise _not_written(path, error.__context__) from error
+        raise
+
+
+def _not_written(path: Path, error: Exception) -> ExperimentError:
+    return ExperimentError(
+        f"{path}: could not be written ({getattr(error, 'strerror', None) or error}); nothing that "
+        "was there is lost: make room, or choose another folder with results_dir (or "
+        "$MICROADAM_CACHE), then the same command goes on"
+    )
 
 
 @contextmanager

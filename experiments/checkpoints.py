@@ -80,8 +80,8 @@ def save(
             _save_shards(path, progress, model, optimizer)
     elif distributed.rank() == 0:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        with atomic.new_file(path.with_suffix(".pt")) as partial:
-            _write(partial, {**asdict(progress), **state})
+        with atomic.new_file(path.with_suffix(".pt")) as partial, partial.open("wb") as file:
+            torch.save({**asdict(progress), **state}, file)
     if distributed.rank() == 0:
         for old in _newest_first(folder)[_NUM_KEPT:]:
             _remove(old)
@@ -133,16 +133,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _write(path: Path, payload: dict[str, Any]) -> None:
-    try:
-        with path.open("wb") as file:
-            torch.save(payload, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch says only "unexpected pos"
-            raise error.__context__ from None
-        raise
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import itertools
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments import atomic, conversion, hub
 from experiments.config import ModelConfig
@@ -65,10 +65,20 @@ def _package_folder(config: ModelConfig) -> Path:
             package = str(config.tokenizer_package)
             tokenizer_file = next(_installed(package, config).rglob("tokenizer.json"))
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_file.parent)
-        with atomic.new_folder(folder) as partial:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+        save(model, tokenizer, folder)
     return folder
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes both to a new folder, for `from_pretrained`, whole or not at all.
+
+    Raises:
+        ExperimentError: the disk is full.
+    """
+    with atomic.new_folder(folder) as partial:
+        # First: where even this small file finds no room, its error has no type to know it by.
+        tokenizer.save_pretrained(partial)
+        model.save_pretrained(partial)
 
 
 def _installed(package: str, config: ModelConfig) -> Path:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiments import activations, atomic, models
+from experiments import activations, models, pretrained
 from experiments.config import RunConfig
 from experiments.data import text
 from experiments.errors import require
@@ -218,9 +218,7 @@ class CausalLM(Task):
         return {"loss": loss / num_targets, **metrics}
 
     def save(self, folder: Path) -> None:
-        with atomic.new_folder(folder) as partial:
-            self.model.save_pretrained(partial)
-            self._tokenizer.save_pretrained(partial)
+        pretrained.save(self.model, self._tokenizer, folder)
 
     @staticmethod
     def plan_model(config: RunConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -123,8 +123,8 @@ class ImageNet(Task):
 
     def save(self, folder: Path) -> None:
         """``model.pt``, the model's state dict."""
-        with atomic.new_folder(folder) as partial:
-            torch.save(self.model.state_dict(), partial / "model.pt")
+        with atomic.new_folder(folder) as partial, (partial / "model.pt").open("wb") as file:
+            torch.save(self.model.state_dict(), file)
 
     @staticmethod
     def num_local_examples(config: DatasetConfig) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from experiments import atomic, models
+from experiments import models, pretrained
 from experiments.config import RunConfig
 from experiments.data import text
 from experiments.errors import ExperimentError
@@ -115,9 +115,7 @@ class MNLI(Task):
         return loss / len(examples), num_correct
 
     def save(self, folder: Path) -> None:
-        with atomic.new_folder(folder) as partial:
-            self.model.save_pretrained(partial)
-            self._tokenizer.save_pretrained(partial)
+        pretrained.save(self.model, self._tokenizer, folder)
 
     @staticmethod
     def plan_model(config: RunConfig, dtype: torch.dtype) -> PreTrainedModel:

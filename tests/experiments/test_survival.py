@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import interruption
+from experiments import interruption, tasks
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
 from experiments.records import RunFolder
@@ -182,6 +182,37 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_what_was_there(
     assert checkpoint_names(config) == [f"step-00000004{suffix}"]
     execute(config)
     assert RunFolder(config).finished_record() is not None
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "mnli", "imagenet"])
+def test_a_full_disk_where_the_model_is_saved_costs_no_step(
+    composed: Compose,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    task: str,
+) -> None:
+    """safetensors has an exception of its own for it, and torch.save another."""
+    short = ("training.max_steps=2", "training.save_model=true", "evaluation.before_training=false")
+    config = composed(f"task={task}", "scale=smoke", "hardware=cpu", "evaluation.limit=2", *short)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = tasks.by_name(task).save
+
+    def save_on_a_full_disk(self: tasks.Task, folder: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+        try:
+            save(self, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks.by_name(task), "save", save_on_a_full_disk)
+        with pytest.raises(ExperimentError, match=r"model: could not be written .*too large"):
+            execute(config)
+    assert checkpoint_names(config)[-1].startswith("step-00000002")
+    assert not list(RunFolder(config).path.glob("*model*"))
+    execute(config)
+    assert "from step 2" in capsys.readouterr().out
+    assert RunFolder(config).model.is_dir()
 
 
 @pytest.mark.usefixtures("capsys")  # without it pytest keeps the output in files, limited too
