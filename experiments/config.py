@@ -90,6 +90,9 @@ class DatasetConfig:
     def local_folder(self) -> Path | None:
         """The folder that was given, or the one below ``root`` where it exists and may be used.
 
+        Where only real data will do, one below ``root`` that lacks a split is passed over: the hub
+        has them all.
+
         Raises:
             ExperimentError: the folder that was given or asked for is not there.
         """
@@ -101,7 +104,8 @@ class DatasetConfig:
                 + " and ".join(self.splits)
             )
         folder = Path(self.root, self.name)
-        if self.source in ("auto", "real", "local") and folder.is_dir():
+        is_usable = folder.is_dir() and not (self.source == "real" and self._lacking(folder))
+        if self.source in ("auto", "real", "local") and is_usable:
             return folder
         if self.source != "local":
             return None
@@ -111,9 +115,21 @@ class DatasetConfig:
             "or MICROADAM_DATA, or give it with dataset.path=FOLDER"
         )
 
+    def _lacking(self, folder: Path) -> list[str]:
+        """Files of texts that are not in the folder; images lie in files of many names."""
+        files = [] if "image" in self.columns.values() else [f"{s}.jsonl" for s in self.splits]
+        return [file for file in files if not (folder / file).is_file()]
+
+    def why_not_local(self) -> str:
+        """What keeps `local_folder` from being the one below ``root``."""
+        folder = Path(self.root, self.name)
+        if not folder.is_dir():
+            return f"there is no folder {folder}"
+        return f"{folder} has no {' and no '.join(self._lacking(folder))}"
+
     def not_found(self, reason: str) -> ExperimentError:
         """What to say where the hub is the last source that may be used, and does not have it."""
-        looked = f"there is no folder {Path(self.root, self.name)}, and " * (self.source != "hub")
+        looked = f"{self.why_not_local()}, and " if self.source != "hub" else ""
         return ExperimentError(
             f"dataset.source={self.source}: {looked}data set {self.name} ({self.hub_id}) could not "
             f"be fetched from the hub ({reason}): go online or set HF_HOME to a cache that has it, "

@@ -129,8 +129,8 @@ def _print_where_data_comes_from(cell: Cell) -> None:
     if dataset.source in ("auto", "real") and dataset.local_folder() is None:
         generated = " or, where that has it not, generated" if dataset.source == "auto" else ""
         print(
-            f"  data: there is no {Path(dataset.root, dataset.name)} (MICROADAM_DATA names another "
-            f"place), so {dataset.name} comes from the hub{generated}"
+            f"  data: {dataset.why_not_local()} (MICROADAM_DATA names another place), so "
+            f"{dataset.name} comes from the hub{generated}"
         )
 
 

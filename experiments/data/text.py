@@ -144,7 +144,10 @@ def read_jsonl(path: Path, columns: dict[str, str]) -> list[Row]:
         ExperimentError: names the file, and the line where one is broken.
     """
     if not path.is_file():
-        raise ExperimentError(f"{path}: there is no such file, and the run needs it")
+        raise ExperimentError(
+            f"{path}: there is no such file, and the run needs it; add it, or name the splits that "
+            "are there in dataset.splits"
+        )
     rows = []
     try:
         text = path.read_text(encoding="utf-8")

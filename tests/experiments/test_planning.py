@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,24 @@ def test_instruction_tuning_of_the_larger_llama_is_planned_without_hub_or_gpu(
     printed = capsys.readouterr().out
     for words in ("13,015,864,320 parameters", "24,670 examples", "3 epochs = 2310 steps"):
         assert words in printed
+
+
+def test_at_paper_scale_a_folder_that_lacks_a_split_is_passed_over_for_the_hub(
+    composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One with the data of the mini scale; its plan ended for want of validation_mismatched."""
+    for split in ("train", "validation_matched"):
+        file = tmp_path / "mnli" / f"{split}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text('{"premise": "a", "hypothesis": "b", "label": 0}\n' * 32)
+    choice = ("task=mnli", "scale=paper", "model.weights=random", f"dataset.root={tmp_path}")
+    execute(composed(*choice, "dry_run=true"))
+    assert "392,702 examples" in capsys.readouterr().out
+    lacking = r"mnli has no validation_mismatched\.jsonl, and data set mnli .*dataset\.path=FOLDER"
+    with pytest.raises(ExperimentError, match=lacking):
+        execute(composed(*choice, "hardware=cpu"))
+    execute(composed(*choice, "dataset.splits=[train,validation_matched]", "dry_run=true"))
+    assert "(paper), 32 examples" in capsys.readouterr().out
 
 
 def test_a_plan_that_does_not_fit_says_by_how_much(
