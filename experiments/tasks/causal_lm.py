@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments import activations, models, pretrained
@@ -207,15 +208,25 @@ class CausalLM(Task):
 
     def evaluate(self) -> dict[str, Any]:
         """Loss a token on held-out responses, and what lm-evaluation-harness measures."""
-        config = self._config.evaluation
         self.model.eval()
         with torch.no_grad(), self._hardware.autocast():
-            held_out = self._batches(self._test[: config.limit], config.batch_size)
-            loss = sum(float(self.loss_sum(self.model, batch)) for batch in held_out)
-            num_targets = sum(batch.num_targets for batch in held_out)
+            loss = self._held_out_loss()
             metrics = self._harness.evaluate(self.model, self._tokenizer)
         self.model.train()
-        return {"loss": loss / num_targets, **metrics}
+        return {"loss": loss, **metrics}
+
+    def _held_out_loss(self) -> float:
+        config = self._config.evaluation
+        examples = self._test[: config.limit]
+        loss, num_targets = 0.0, 0
+        with tqdm(
+            desc="held-out loss", total=len(examples), unit="example", leave=False, disable=None
+        ) as bar:
+            for batch in self._batches(examples, config.batch_size):
+                loss += float(self.loss_sum(self.model, batch))
+                num_targets += batch.num_targets
+                bar.update(len(batch.input_ids))
+        return loss / num_targets
 
     def save(self, folder: Path) -> None:
         pretrained.save(self.model, self._tokenizer, folder)

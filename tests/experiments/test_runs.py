@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import activations, checkpoints, status, training
+from experiments import activations, checkpoints, hardware, status, tasks, training
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
 from experiments.records import RunFolder
@@ -310,6 +310,28 @@ def test_a_sweep_makes_a_finished_record_for_each_choice(tmp_path: Path) -> None
     assert choices == {
         (name, lr, "finished") for name in ("microadam", "adamw") for lr in (1e-5, 3e-5)
     }
+
+
+@pytest.mark.parametrize(
+    ("task", "bars"),
+    [
+        ("gsm8k", ["held-out loss:"]),
+        ("mnli", ["evaluate matched:", "evaluate mismatched:"]),
+        ("imagenet", ["evaluate:"]),
+    ],
+)
+def test_who_watches_an_evaluation_sees_how_long_it_takes(
+    composed: Compose,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    task: str,
+    bars: list[str],
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    config = composed(f"task={task}", "scale=smoke", "hardware=cpu", "evaluation.limit=2")
+    tasks.by_name(task)(config, hardware.resolve(config.hardware)).evaluate()
+    printed = capsys.readouterr().err
+    assert all(f"{bar}   0%|" in printed for bar in bars)
 
 
 def test_metrics_are_mirrored_to_wandb_only_where_asked(composed: Compose) -> None:
