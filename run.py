@@ -13,6 +13,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import config, hub, sweeps
-from experiments.errors import ExperimentError, how_to_go_on, require, require_choice
+from experiments.errors import ExperimentError, how_to_go_on, require
 from experiments.optimizers import OPTIMIZERS
 
 _CONFIGS = Path(__file__).parent / "configs"
@@ -83,11 +84,13 @@ def completed(overrides: Sequence[str]) -> list[str]:
         name, value = override.key_or_group, override.value()
         if not name:
             raise ExperimentError(f"{override.input_line}: there is no key before the =")
-        is_choice = name in choices and not (override.is_delete() or override.is_sweep_override())
-        if is_choice and not isinstance(value, str | list):  # Hydra's traceback does not say which
-            require_choice(name, str(override.input_line).partition("=")[2], *choices[name])
+        chosen = value.list if isinstance(value, ChoiceSweep) else [value]
+        for choice in chosen if name in choices and not override.is_delete() else ():
+            if choice is None or isinstance(choice, int | float):  # that is a traceback of Hydra's
+                known = ", ".join(choices[name])
+                raise ExperimentError(f"{override.input_line}: choose one of {known}")
         require(
-            not name.startswith("images.") or "imagenet" in str(values.get("task")),
+            not name.startswith("images.") or values.get("task") == "task=imagenet",
             name,
             value,
             "only task=imagenet has images; leave it out",

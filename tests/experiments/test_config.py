@@ -215,6 +215,7 @@ def test_the_command_line_answers_a_slip_with_one_line(argument: str, words: lis
     ("override", "words"),
     [
         ("optimizer=null", ["optimizer=null", "choose one of"]),
+        ("optimizer=adamw,true", ["optimizer=adamw,true", "choose one of"]),
         ("images.first_resolution=8", ["images.first_resolution=8", "only task=imagenet"]),
         ("dataset.path=a=b", ["dataset.path=a=b", "quotes", "'dataset.path=\"a=b\"'"]),
         ("dataset.path=it's", ["dataset.path=it's", "quotes"]),
