@@ -121,8 +121,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with _explained(path):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not {"status", "metrics"} <= record.keys():
+        record = _mapping(json.loads(path.read_text(encoding="utf-8")))
+        if not {"status", "metrics"} <= record.keys():
             raise ValueError("no record of a run")
         return record
 
@@ -137,14 +137,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     with _explained(path):
         text = path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        return [_mapping(json.loads(line)) for line in lines]
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     with _explained(path):
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def _mapping(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError("no keys with values")
+    return values
 
 
 @contextmanager

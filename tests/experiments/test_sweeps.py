@@ -139,7 +139,9 @@ def test_the_status_lists_every_run_with_its_state(
         ("record.json", '{"status": "fini'),
         ("record.json", "[]"),
         ("metrics.jsonl", '{"step": 1}\n{"st\n'),
+        ("metrics.jsonl", "3\n"),
         ("config.yaml", "a: [1"),
+        ("config.yaml", ""),
     ],
 )
 def test_a_broken_run_is_listed_as_that_and_the_others_with_it(
