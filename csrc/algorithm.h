@@ -196,6 +196,8 @@ MICROADAM_FN float round_stochastically<float>(float value, uint32_t) {
 
 template <>
 MICROADAM_FN BFloat16 round_stochastically<BFloat16>(float value, uint32_t bits) {
+  // All bits of a GPU's NaN are set but the sign: an addition would make it -0.
+  if (magnitude_bits(value) > 0x7f800000u) return round_to<BFloat16>(value);
   return round_to<BFloat16>(float_of((bits_of(value) + bits) & 0xffff0000u));
 }
 

@@ -61,7 +61,9 @@ def random_bits(
 
 def _stochastic_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
     """Add 16 random bits below the last kept place and cut there."""
-    return (value.view(torch.int32) + bits.int() & -65536).view(torch.float32).bfloat16()
+    rounded = (value.view(torch.int32) + bits.int() & -65536).view(torch.float32)
+    # All bits of a GPU's NaN are set but the sign: the addition has made it -0.
+    return torch.where(value.isnan(), value, rounded).bfloat16()
 
 
 def _stochastic_float16(value: Tensor, bits: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ def round_to_dtype(
     step: int,
     first_element: int,
 ) -> Tensor:
-    """``value`` (float32, finite) in ``dtype``.
+    """``value`` (float32) in ``dtype``.
 
     Rounds to nearest even without a ``key``, and stochastically with ``key = (seed, ordinal)``.
     float32 is returned as it is.

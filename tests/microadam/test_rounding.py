@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from microadam import MicroAdam, reference
+from microadam.rounding import round_to_dtype
 from tests.microadam.judge import FORMATS, to_numpy
 
 
@@ -122,3 +123,11 @@ def test_stochastic_rounding_never_leaves_the_finite_range(dtype: torch.dtype) -
     gradient = torch.tensor([1.0, -1.0, 1.0, -1.0])
     result = one_step(start.to(dtype), gradient.to(dtype), seed=3, lr=1e-9)
     assert result.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_nan_stays_one(dtype: torch.dtype) -> None:
+    """In a GPU's all bits are set but the sign: random bits added to them became -0."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32)
+    nans = bits.view(torch.float32).repeat(1000)
+    assert round_to_dtype(nans, dtype, (1, 0), 1, 0).isnan().all()
