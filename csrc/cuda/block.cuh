@@ -45,9 +45,8 @@ struct alignas(16) Selection {
   // Where the candidates have no room: magnitude above and equal to the k-th.
   uint32_t above[kMaxWords];
   uint32_t equal[kMaxWords];
-  int indices[kMaxCandidates];  // of those that are selected; behind them kMaxBlockSize
-  // 0 behind the last; at the end a place for those that find no room.
-  uint64_t candidates[kMaxCandidates + 1];
+  int indices[kMaxCandidates];          // of those that are selected; behind them kMaxBlockSize
+  uint64_t candidates[kMaxCandidates];  // 0 behind the last
 };
 
 struct Moments {

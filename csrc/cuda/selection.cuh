@@ -32,8 +32,11 @@ __device__ void list_candidates(const Elements& elements, uint32_t probe, Shared
   if (own_count == 0) return;
   uint32_t position = atomicAdd(&shared.num_candidates, static_cast<uint32_t>(own_count));
   elements.for_each_reaching(probe, [&](int index, uint32_t magnitude) {
-    shared.selection.candidates[min(position++, uint32_t{kMaxCandidates})] =
-        uint64_t{magnitude} << 32 | static_cast<uint32_t>(kMaxBlockSize - index);
+    if (position < kMaxCandidates) {
+      shared.selection.candidates[position] =
+          uint64_t{magnitude} << 32 | static_cast<uint32_t>(kMaxBlockSize - index);
+    }
+    ++position;
   });
 }
 
