@@ -15,15 +15,18 @@ import torch
 
 from microadam import __version__, ops
 
+CAPABILITY = "ATEN_CPU_CAPABILITY"  # chooses the kernels, torch's and ours
+
 
 def environment(device: str) -> dict[str, Any]:
     packages = ("bitsandbytes", "torchao", "flashoptim")
     # A broken installation has no name.
     installed = {(d.metadata["Name"] or "").lower() for d in metadata.distributions()}
+    command = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    if CAPABILITY in os.environ:
+        command.insert(0, f"{CAPABILITY}={os.environ[CAPABILITY]}")
     return {
-        "command": shlex.join(
-            ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
-        ),
+        "command": shlex.join(command),
         "microadam": __version__,
         "kernel": ops.native_kernel(device) or "plain torch",
         "torch": torch.__version__,
