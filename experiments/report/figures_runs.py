@@ -299,6 +299,7 @@ def _step_time(results_dir: Path, figures_dir: Path) -> Figure | None:
             xlabel="optimizer state, bytes a parameter",
             ylabel=f"step time over {_BASELINE}",
         )
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.legend()
     environment = step["environment"]
     own = [row["ratio"] for row in step["rows"] if row["optimizer"] == "MicroAdam"]
