@@ -142,7 +142,8 @@ MICROADAM_FN float quantization_level(float residual, float minimum, float inver
 
 MICROADAM_FN uint32_t quantize(float residual, float minimum, float inverse) {
   const float level = quantization_level(residual, minimum, inverse);
-  return static_cast<uint32_t>(fminf(fmaxf(level, 0.0f), kNumLevels));  // truncation is the floor
+  const float positive = level > 0.0f ? level : 0.0f;  // fmaxf would be a call
+  return static_cast<uint32_t>(positive < kNumLevels ? positive : kNumLevels);  // rounds down
 }
 
 // ---------------------------------------------------------------------------------------------

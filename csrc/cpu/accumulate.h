@@ -28,28 +28,27 @@ void accumulate_bucket(const Grad* grad, const uint8_t* codes, float minimum, fl
 }
 
 // A bit for each of at most 64 values: whether its magnitude reaches the threshold, or is NaN.
+// There is room for 64 of them.
 inline uint64_t marks_of(const float* values, int length, float threshold) {
-  uint64_t marks = 0;
 #if defined(__AVX512VBMI2__)
-  if (length == 64) {
-    const __m512 limit = _mm512_set1_ps(threshold);
-    __mmask16 masks[4];
-    for (int i = 0; i < 4; ++i) masks[i] = reaches(load_16(values + 16 * i), limit);
-    return bits_of_masks(masks);
-  }
+  const __m512 limit = _mm512_set1_ps(threshold);
+  __mmask16 masks[4];
+  for (int i = 0; i < 4; ++i) masks[i] = reaches(load_16(values + 16 * i), limit);
+  return bits_of_masks(masks) & (~uint64_t{0} >> (64 - length));
 #elif defined(__AVX2__)
-  if (length == 64) {
-    const __m256 limit = _mm256_set1_ps(threshold);
-    for (int half = 0; half < 2; ++half) {
-      __m256i masks[4];
-      for (int i = 0; i < 4; ++i) masks[i] = reaches(load(values + 32 * half + 8 * i), limit);
-      marks |= uint64_t{bits_of_masks(masks)} << (32 * half);
-    }
-    return marks;
+  const __m256 limit = _mm256_set1_ps(threshold);
+  uint64_t marks = 0;
+  for (int half = 0; half < 2; ++half) {
+    __m256i masks[4];
+    for (int i = 0; i < 4; ++i) masks[i] = reaches(load(values + 32 * half + 8 * i), limit);
+    marks |= uint64_t{bits_of_masks(masks)} << (32 * half);
   }
-#endif
+  return marks & (~uint64_t{0} >> (64 - length));
+#else
+  uint64_t marks = 0;
   for (int i = 0; i < length; ++i) marks |= uint64_t{!(fabsf(values[i]) < threshold)} << i;
   return marks;
+#endif
 }
 
 // Appends the marked ones of 64 elements to the candidates; returns how many there are now.

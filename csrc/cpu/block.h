@@ -36,12 +36,17 @@ class Buffer {
   T* data_;
 };
 
+// Loops over buckets work on whole ones of this size, the default...
+constexpr int kVectorBucket = 64;
+// ... and on several at once, be they there or not.
+constexpr int kSpareBuckets = 16;
+
 // A thread's working memory.
 struct Scratch {
   Scratch(const Settings& s, int max_k)
-      : accumulator(s.block_size),
-        bucket_min(s.block_size / s.bucket_size),
-        bucket_unit(s.block_size / s.bucket_size),
+      : accumulator(s.block_size + kSpareBuckets * kVectorBucket),
+        bucket_min(s.block_size / s.bucket_size + kSpareBuckets),
+        bucket_unit(s.block_size / s.bucket_size + kSpareBuckets),
         candidates(s.block_size + 16),
         magnitudes(s.block_size + 32),
         weights1(static_cast<size_t>(max_k) * s.window_size),

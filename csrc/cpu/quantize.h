@@ -168,27 +168,31 @@ MICROADAM_INLINE void encode_bucket(const float* residual, float low, float inve
 template <class Prefetcher>
 void quantize_residual(const Settings& s, const Block& block, Scratch& scratch,
                        Prefetcher& prefetcher) {
-  const float* residual = scratch.accumulator;
+  float* residual = scratch.accumulator;
   const int size = s.bucket_size, half = size / 2;
   const int num_buckets = (block.length + size - 1) / size;
-  int b = 0;
 #if defined(__AVX2__)
   if (size == kVectorBucket) {
+    std::fill(residual + block.length, residual + num_buckets * size, residual[block.length - 1]);
     // All ranges first: the divisions of a few buckets would be waited for.
-    const int num_whole = block.length / size / kRangesAtOnce * kRangesAtOnce;
-    for (; b < num_whole; b += kRangesAtOnce) {
-      find_ranges(residual + b * size, s.kept_share, block.error_min + b, block.error_max + b,
-                  scratch.bucket_min + b, scratch.bucket_unit + b);
-      for (int i = 0; i < kRangesAtOnce / 2; ++i) prefetcher.advance();
+    for (int first = 0; first < num_buckets; first += kRangesAtOnce) {
+      BFloat16 minima[kRangesAtOnce], maxima[kRangesAtOnce];
+      find_ranges(residual + first * size, s.kept_share, minima, maxima, scratch.bucket_min + first,
+                  scratch.bucket_unit + first);
+      const int count = std::min(kRangesAtOnce, num_buckets - first);
+      std::copy_n(minima, count, block.error_min + first);
+      std::copy_n(maxima, count, block.error_max + first);
+      for (int i = 0; i < count / 2; ++i) prefetcher.advance();
     }
-    for (b = 0; b < num_whole; ++b) {
+    for (int b = 0; b < num_buckets; ++b) {
       encode_bucket(residual + b * size, scratch.bucket_min[b], scratch.bucket_unit[b],
                     block.error + b * half);
       prefetcher.advance();
     }
+    return;
   }
 #endif
-  for (; b < num_buckets; ++b) {
+  for (int b = 0; b < num_buckets; ++b) {
     const int first = b * size;
     quantize_bucket(residual + first, std::min(size, block.length - first), half, s.kept_share,
                     block.error_min + b, block.error_max + b, block.error + b * half);

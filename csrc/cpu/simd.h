@@ -4,13 +4,10 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 
-#include "../algorithm.h"
+#include "block.h"
 
 namespace microadam::cpu {
 namespace {
-
-// Loops over buckets work on whole ones of this size, the default.
-constexpr int kVectorBucket = 64;
 
 inline __m256 load(const float* p) { return _mm256_loadu_ps(p); }
 
