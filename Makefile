@@ -86,6 +86,10 @@ soak: setup  ## kill runs at 100 random moments and compare how they end, into r
 
 benchmark: setup  ## step time and state memory of the optimizers, image loading; on an idle machine, into results/
 	$(BIN)/python -m benchmarks.step
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m benchmarks.step --optimizers 'AdamW (fused)' MicroAdam \
+	  --output results/benchmark_step_cpu_avx2
+	$(BIN)/python -m benchmarks.step --optimizers 'AdamW (fused)' MicroAdam --models '200 x 16' '200 x 768' \
+	  --rounds 400 --output results/benchmark_step_small
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.loading
 

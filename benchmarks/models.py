@@ -72,6 +72,9 @@ ROWS_WITH_GRADIENT = {(30_522, 768): 500, (512, 768): 64}
 # For GPUs, whose steps must last well longer than a launch to be measured.
 LARGE_MODELS: dict[str, Shapes] = {"2^30": [(1 << 30,)], "llama2-7b": llama2_7b()}
 
+# What a step costs beside its arithmetic.
+SMALL_MODELS: dict[str, Shapes] = {"200 x 16": [(16,)] * 200, "200 x 768": [(768,)] * 200}
+
 
 def num_parameters(shapes: Shapes) -> int:
     return sum(prod(shape) for shape in shapes)

@@ -26,6 +26,7 @@ from benchmarks.models import (
     LARGE_MODELS,
     MODELS,
     ROWS_WITH_GRADIENT,
+    SMALL_MODELS,
     SPARSE_MODELS,
     Shapes,
     num_parameters,
@@ -46,7 +47,8 @@ NUM_GRADIENTS = 4  # steps see them in turn
 MAX_ROUNDS_S = 10.0  # a slower optimizer gets fewer rounds
 MAX_WAITING = 0.02  # of a quiet round
 SECTOR_BYTES = 32  # what a GPU's memory gives at a time
-ALL_MODELS = MODELS | LARGE_MODELS | {new: MODELS[of] for new, of in SPARSE_MODELS.items()}
+ALL_MODELS = MODELS | LARGE_MODELS | SMALL_MODELS
+ALL_MODELS |= {new: MODELS[of] for new, of in SPARSE_MODELS.items()}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
