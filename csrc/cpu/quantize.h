@@ -29,16 +29,25 @@ inline void quantize_bucket(const float* residual, int length, int half, float k
 }
 
 #if defined(__AVX512VBMI2__)
-constexpr int kRangesAtOnce = 16;
+using Floats = __m512;
+
+inline Floats load_floats(const float* p) { return load_16(p); }
+constexpr auto kSmaller = [](Floats a, Floats b) { return _mm512_min_ps(a, b); };
+constexpr auto kLarger = [](Floats a, Floats b) { return _mm512_max_ps(a, b); };
+inline Floats bfloat16_floats(Floats v) { return _mm512_castsi512_ps(bfloat16_bits(v)); }
+
+inline void store_bfloat16(BFloat16* target, Floats v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), high_halves(bfloat16_bits(v)));
+}
 
 // From sixteen vectors, the smallest (or largest) element of each.
 template <class Reduce>
-__m512 reduce_each(const __m512 (&v)[16], Reduce reduce) {
-  const auto pairs = [&](__m512 a, __m512 b) {
+Floats reduce_each(const Floats (&v)[16], Reduce reduce) {
+  const auto pairs = [&](Floats a, Floats b) {
     return reduce(_mm512_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0)),
                   _mm512_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
   };
-  const auto quarters = [&](__m512 a, __m512 b) {
+  const auto quarters = [&](Floats a, Floats b) {
     return reduce(_mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(2, 0, 2, 0)),
                   _mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
   };
@@ -46,42 +55,11 @@ __m512 reduce_each(const __m512 (&v)[16], Reduce reduce) {
   return quarters(quarters(four(0), four(4)), quarters(four(8), four(12)));
 }
 
-// The ranges of kRangesAtOnce buckets of 64: stored as the next error feedback's, and as what
-// encodes this one.
-inline void find_ranges(const float* residual, float kept_share, BFloat16* minimum,
-                        BFloat16* maximum, float* lows, float* inverses) {
-  const auto min = [](__m512 a, __m512 b) { return _mm512_min_ps(a, b); };
-  const auto max = [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); };
-  __m512 lowest[16], highest[16];
-#pragma GCC unroll 16
-  for (int b = 0; b < 16; ++b) {
-    const float* bucket = residual + b * kVectorBucket;
-    const __m512 v0 = load_16(bucket), v1 = load_16(bucket + 16);
-    const __m512 v2 = load_16(bucket + 32), v3 = load_16(bucket + 48);
-    lowest[b] = min(min(v0, v1), min(v2, v3));
-    highest[b] = max(max(v0, v1), max(v2, v3));
-  }
-  const auto rounded = [](__m512 v) { return _mm512_castsi512_ps(bfloat16_bits(v)); };
-  const auto store_kept = [&](BFloat16* target, __m512 limit) {
-    const __m512 kept = _mm512_mul_ps(limit, _mm512_set1_ps(kept_share));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), high_halves(bfloat16_bits(kept)));
-  };
-  const __m512 low = rounded(reduce_each(lowest, min)), high = rounded(reduce_each(highest, max));
-  store_kept(minimum, low);
-  store_kept(maximum, high);
-  const __m512 unit = _mm512_div_ps(_mm512_sub_ps(high, low), _mm512_set1_ps(kNumLevels));
-  const __mmask16 is_used = _mm512_cmp_ps_mask(unit, _mm512_set1_ps(kMinUnit), _CMP_GE_OQ);
-  _mm512_store_ps(lows, low);
-  _mm512_store_ps(inverses, _mm512_maskz_div_ps(is_used, _mm512_set1_ps(1.0f), unit));
-}
-
 MICROADAM_INLINE void encode_bucket(const float* residual, float low, float inverse,
                                     uint8_t* codes) {
-  const __m512 lows = _mm512_set1_ps(low), inverses = _mm512_set1_ps(inverse);
   const auto level = [&](int i) {
-    const __m512 quotient = _mm512_mul_ps(_mm512_sub_ps(load_16(residual + i), lows), inverses);
     // Truncation is the floor, but for what is below 0: the packing saturates that to 0.
-    return _mm512_cvttps_epi32(_mm512_add_ps(quotient, _mm512_set1_ps(0.5f)));
+    return _mm512_cvttps_epi32((load_16(residual + i) - low) * inverse + 0.5f);
   };
   // Each quarter of the vector has the codes of 4 elements in a row from 0, 16, 32 and 48 on.
   const __m512i levels = _mm512_packus_epi16(_mm512_packus_epi32(level(0), level(16)),
@@ -94,74 +72,81 @@ MICROADAM_INLINE void encode_bucket(const float* residual, float low, float inve
                       _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, pairs)));
 }
 #elif defined(__AVX2__)
-constexpr int kRangesAtOnce = 8;
+using Floats = __m256;
+
+inline Floats load_floats(const float* p) { return load(p); }
+constexpr auto kSmaller = [](Floats a, Floats b) { return _mm256_min_ps(a, b); };
+constexpr auto kLarger = [](Floats a, Floats b) { return _mm256_max_ps(a, b); };
+inline Floats bfloat16_floats(Floats v) { return _mm256_castsi256_ps(bfloat16_bits(v)); }
+
+inline void store_bfloat16(BFloat16* target, Floats v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target), high_halves(bfloat16_bits(v)));
+}
 
 // From eight vectors, the smallest (or largest) element of each.
 template <class Reduce>
-__m256 reduce_each(const __m256 (&v)[8], Reduce reduce) {
-  const auto pairs = [&](__m256 a, __m256 b) {
+Floats reduce_each(const Floats (&v)[8], Reduce reduce) {
+  const auto pairs = [&](Floats a, Floats b) {
     return reduce(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0)),
                   _mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1)));
   };
-  const __m256 first = pairs(pairs(v[0], v[1]), pairs(v[2], v[3]));
-  const __m256 second = pairs(pairs(v[4], v[5]), pairs(v[6], v[7]));
+  const Floats first = pairs(pairs(v[0], v[1]), pairs(v[2], v[3]));
+  const Floats second = pairs(pairs(v[4], v[5]), pairs(v[6], v[7]));
   return reduce(_mm256_permute2f128_ps(first, second, 0x20),
                 _mm256_permute2f128_ps(first, second, 0x31));
 }
 
 // The codes of 32 residuals, before the clamp to 15, as bytes in the order
 // 0-3, 8-11, 16-19, 24-27, 4-7, 12-15, 20-23, 28-31.
-MICROADAM_INLINE __m256i encode_32(const float* residual, __m256 low, __m256 inverse) {
-  const __m256 half = _mm256_set1_ps(0.5f);
+MICROADAM_INLINE __m256i encode_32(const float* residual, float low, float inverse) {
   const auto level = [&](int i) {
-    const __m256 quotient = _mm256_mul_ps(_mm256_sub_ps(load(residual + i), low), inverse);
     // Truncation is the floor, but for what is below 0: the packing saturates that to 0.
-    return _mm256_cvttps_epi32(_mm256_add_ps(quotient, half));
+    return _mm256_cvttps_epi32((load(residual + i) - low) * inverse + 0.5f);
   };
   return _mm256_packus_epi16(_mm256_packus_epi32(level(0), level(8)),
                              _mm256_packus_epi32(level(16), level(24)));
 }
 
-// The ranges of kRangesAtOnce buckets of 64: stored as the next error feedback's, and as what
-// encodes this one.
-inline void find_ranges(const float* residual, float kept_share, BFloat16* minimum,
-                        BFloat16* maximum, float* lows, float* inverses) {
-  const auto min = [](__m256 a, __m256 b) { return _mm256_min_ps(a, b); };
-  const auto max = [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); };
-  __m256 lowest[8], highest[8];
-  for (int b = 0; b < 8; ++b) {
-    const float* bucket = residual + b * kVectorBucket;
-    lowest[b] = highest[b] = load(bucket);
-#pragma GCC unroll 7
-    for (int i = 8; i < kVectorBucket; i += 8) {
-      lowest[b] = min(lowest[b], load(bucket + i));
-      highest[b] = max(highest[b], load(bucket + i));
-    }
-  }
-  const auto rounded = [](__m256 v) { return _mm256_castsi256_ps(bfloat16_bits(v)); };
-  const auto store_kept = [&](BFloat16* target, __m256 limit) {
-    const __m256 kept = _mm256_mul_ps(limit, _mm256_set1_ps(kept_share));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), high_halves(bfloat16_bits(kept)));
-  };
-  const __m256 low = rounded(reduce_each(lowest, min)), high = rounded(reduce_each(highest, max));
-  store_kept(minimum, low);
-  store_kept(maximum, high);
-  const __m256 unit = _mm256_div_ps(_mm256_sub_ps(high, low), _mm256_set1_ps(kNumLevels));
-  const __m256 is_used = _mm256_cmp_ps(unit, _mm256_set1_ps(kMinUnit), _CMP_GE_OQ);
-  _mm256_store_ps(lows, low);
-  _mm256_store_ps(inverses, _mm256_and_ps(_mm256_div_ps(_mm256_set1_ps(1.0f), unit), is_used));
-}
-
 MICROADAM_INLINE void encode_bucket(const float* residual, float low, float inverse,
                                     uint8_t* codes) {
-  const __m256 lows = _mm256_set1_ps(low), inverses = _mm256_set1_ps(inverse);
   const __m256i last = _mm256_set1_epi8(15);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m256i first = _mm256_min_epu8(encode_32(residual, lows, inverses), last);
+  const __m256i first = _mm256_min_epu8(encode_32(residual, low, inverse), last);
   const __m256i second =
-      _mm256_min_epu8(encode_32(residual + kVectorBucket / 2, lows, inverses), last);
+      _mm256_min_epu8(encode_32(residual + kVectorBucket / 2, low, inverse), last);
   const __m256i pairs = _mm256_or_si256(first, _mm256_slli_epi16(second, 4));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_permutevar8x32_epi32(pairs, order));
+}
+#endif
+
+#if defined(__AVX2__)
+constexpr int kLanes = sizeof(Floats) / sizeof(float);
+constexpr int kRangesAtOnce = kLanes;
+static_assert(kRangesAtOnce <= kSpareBuckets, "the scratch memory has no room");
+
+// The ranges of so many buckets of 64: stored as the next error feedback's, and as what encodes
+// this one.
+inline void find_ranges(const float* residual, float kept_share, BFloat16* minimum,
+                        BFloat16* maximum, float* lows, float* inverses) {
+  Floats lowest[kRangesAtOnce], highest[kRangesAtOnce];
+#pragma GCC unroll 16
+  for (int b = 0; b < kRangesAtOnce; ++b) {
+    const float* bucket = residual + b * kVectorBucket;
+    lowest[b] = highest[b] = load_floats(bucket);
+#pragma GCC unroll 7
+    for (int i = kLanes; i < kVectorBucket; i += kLanes) {
+      lowest[b] = kSmaller(lowest[b], load_floats(bucket + i));
+      highest[b] = kLarger(highest[b], load_floats(bucket + i));
+    }
+  }
+  const Floats low = bfloat16_floats(reduce_each(lowest, kSmaller));
+  const Floats high = bfloat16_floats(reduce_each(highest, kLarger));
+  store_bfloat16(minimum, low * kept_share);
+  store_bfloat16(maximum, high * kept_share);
+  const Floats unit = (high - low) / kNumLevels;
+  const Floats inverse = unit >= kMinUnit ? 1.0f / unit : Floats{};
+  memcpy(lows, &low, sizeof(low));
+  memcpy(inverses, &inverse, sizeof(inverse));
 }
 #endif
 

@@ -46,12 +46,14 @@ inline __m256i reaches(__m256 value, __m256 limit) {
 }
 
 // As round_to<BFloat16>, but for NaN: the bits of the nearest bfloat16, and zeros below them.
+template <class Words>
+Words nearest_bfloat16(Words bits) {
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+}
+
 inline __m256i bfloat16_bits(__m256 value) {
-  const __m256i bits = _mm256_castps_si256(value);
-  const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
-  return _mm256_and_si256(rounded, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+  typedef uint32_t Words __attribute__((vector_size(32)));
+  return (__m256i)nearest_bfloat16((Words)value);
 }
 
 // The high halves of eight words.
@@ -97,11 +99,8 @@ inline uint64_t bits_of_masks(const __mmask16 (&masks)[4]) {
 }
 
 inline __m512i bfloat16_bits(__m512 value) {
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  return (__m512i)nearest_bfloat16((Words)value);
 }
 
 inline __m256i high_halves(__m512i words) {
