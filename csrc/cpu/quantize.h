@@ -121,16 +121,15 @@ MICROADAM_INLINE void encode_bucket(const float* residual, float low, float inve
 
 #if defined(__AVX2__)
 constexpr int kLanes = sizeof(Floats) / sizeof(float);
-constexpr int kRangesAtOnce = kLanes;
-static_assert(kRangesAtOnce <= kSpareBuckets, "the scratch memory has no room");
+static_assert(kLanes <= kSpareBuckets, "the scratch memory has no room");
 
-// The ranges of so many buckets of 64: stored as the next error feedback's, and as what encodes
-// this one.
+// The ranges of as many buckets of 64 as a vector has lanes: stored as the next error feedback's,
+// and as what encodes this one.
 inline void find_ranges(const float* residual, float kept_share, BFloat16* minimum,
                         BFloat16* maximum, float* lows, float* inverses) {
-  Floats lowest[kRangesAtOnce], highest[kRangesAtOnce];
+  Floats lowest[kLanes], highest[kLanes];
 #pragma GCC unroll 16
-  for (int b = 0; b < kRangesAtOnce; ++b) {
+  for (int b = 0; b < kLanes; ++b) {
     const float* bucket = residual + b * kVectorBucket;
     lowest[b] = highest[b] = load_floats(bucket);
 #pragma GCC unroll 7
@@ -160,11 +159,11 @@ void quantize_residual(const Settings& s, const Block& block, Scratch& scratch,
   if (size == kVectorBucket) {
     std::fill(residual + block.length, residual + num_buckets * size, residual[block.length - 1]);
     // All ranges first: the divisions of a few buckets would be waited for.
-    for (int first = 0; first < num_buckets; first += kRangesAtOnce) {
-      BFloat16 minima[kRangesAtOnce], maxima[kRangesAtOnce];
+    for (int first = 0; first < num_buckets; first += kLanes) {
+      BFloat16 minima[kLanes], maxima[kLanes];
       find_ranges(residual + first * size, s.kept_share, minima, maxima, scratch.bucket_min + first,
                   scratch.bucket_unit + first);
-      const int count = std::min(kRangesAtOnce, num_buckets - first);
+      const int count = std::min(kLanes, num_buckets - first);
       std::copy_n(minima, count, block.error_min + first);
       std::copy_n(maxima, count, block.error_max + first);
       for (int i = 0; i < count / 2; ++i) prefetcher.advance();

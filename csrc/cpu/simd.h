@@ -4,7 +4,7 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 
-#include "block.h"
+#include "../algorithm.h"
 
 namespace microadam::cpu {
 namespace {
