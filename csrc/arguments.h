@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <cmath>
@@ -36,7 +37,7 @@ Dtype dtype_of(const Tensor& t, const char* name) {
 // step.
 int32_t dtype_number(const Tensor& t) {
   int32_t number;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
   return number;
 }
 
@@ -44,7 +45,7 @@ struct DeviceNumber {
   int32_t type, index;
 
   explicit DeviceNumber(const Tensor& t) : index(t.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
   }
   bool operator==(const DeviceNumber& other) const {
     return type == other.type && index == other.index;
