@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table1 table2 table3 table4 memory-table figures report docs screenshot test lint format sanitize sanitize-gpu fuzz soak benchmark studies clean
+.PHONY: help setup demo table1 table2 table3 table4 memory-table figures report docs screenshot test lint format oldest-torch sanitize sanitize-gpu fuzz soak benchmark studies clean
 
 help:  ## print this
 	@awk -F ':.*## *' '/^[a-z0-9-]+:.*##/ { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ format: setup  ## rewrite the sources the way lint wants them
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
 	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+oldest-torch: setup  ## compile the native step against the oldest torch that is supported (80 MB to download)
+	PYTHON=$(BIN)/python scripts/oldest_torch.sh
 
 sanitize: setup  ## run the native core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	MICROADAM_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib

@@ -254,6 +254,7 @@ using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
