@@ -69,7 +69,8 @@ class Shard:
                 return shard
         raise ValueError(
             f"the saved state has an entry {name!r}, which names no shard of a parameter of shape "
-            f"{param_shape}: it was written by another optimizer or belongs to another model"
+            f"{param_shape}: it was written by another optimizer, belongs to another model, or was "
+            "flattened (flatten_optimizer_state_dict)"
         )
 
     @property

@@ -14,9 +14,10 @@ from microadam.distributed import Shard
 from microadam.layout import BlockLayout, Geometry
 from microadam.reference import StepArguments
 from microadam.validation import (
+    check_dtype,
     check_gradient,
     check_hyperparameters,
-    check_placements,
+    check_parameters,
     check_state,
 )
 
@@ -49,7 +50,8 @@ class MicroAdam(Optimizer):
         lr: learning rate; a float, or a float32 or float64 tensor of one element.
         betas: decay rates of the first and second moment.
         eps: added to the denominator; a normal float32 number, so greater than 0.
-        weight_decay: decoupled weight decay, ``p *= 1 - lr * weight_decay``.
+        weight_decay: decoupled weight decay, ``p *= 1 - lr * weight_decay``; none by default,
+            where AdamW has 0.01.
         alpha: share of the error feedback ``e`` that is not kept for the next step but applied,
             ``p -= lr * alpha * e`` and then ``e *= 1 - alpha``; at least 0 and less than 1. Not 0,
             it makes the update dense, for training from scratch: an option of the authors' code,
@@ -137,19 +139,11 @@ class MicroAdam(Optimizer):
         group["betas"] = tuple(map(float, group["betas"]))
         if not isinstance(group["lr"], Tensor):
             group["lr"] = float(group["lr"])
-        if len(set(group["params"])) < len(group["params"]):  # the base class only warns
+        try:
+            check_parameters(group["params"])
+        except ValueError:
             self.param_groups.pop()
-            raise ValueError(
-                "a parameter appears twice in the group, and would be stepped twice at once: pass "
-                "tied weights once, as model.parameters() does"
-            )
-        for index, p in enumerate(group["params"]):
-            if p.dtype not in ops.DTYPES:
-                self.param_groups.pop()
-                raise ValueError(
-                    f"parameter {index} of the group has dtype {p.dtype}; MicroAdam takes "
-                    "float32, bfloat16 and float16: convert the model, for example model.float()"
-                )
+            raise
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -187,8 +181,9 @@ class MicroAdam(Optimizer):
                 device = p.device
                 kind = (device, p.dtype, grad.dtype, grad.layout)
                 batch = batches.get(kind)
-                if batch is None:
-                    check_gradient(grad, ordinal)  # all others of the batch are of its kind
+                if batch is None:  # all others of the batch are of this one's kind
+                    check_dtype(p, f"parameter {ordinal}")
+                    check_gradient(grad, ordinal)
                     batch = batches[kind] = []
                 batch.append(self._item_of(p, grad, device, geometry, ordinal))
             calls += [(group, batch) for batch in batches.values()]
@@ -206,6 +201,7 @@ class MicroAdam(Optimizer):
     @torch.no_grad()
     def _step_parameter(self, p: Tensor, grad: Tensor, group: dict[str, Any], ordinal: int) -> None:
         """What `step` does for one parameter; gradient release calls it in the backward pass."""
+        check_dtype(p, f"parameter {ordinal}")
         check_gradient(grad, ordinal)
         batch = [self._item_of(p, grad, p.device, distributed.geometry_of(group), ordinal)]
         self._step_batch(group, batch)
@@ -214,8 +210,10 @@ class MicroAdam(Optimizer):
         self, p: Tensor, grad: Tensor, device: torch.device, geometry: Geometry, ordinal: int
     ) -> _Item:
         shard, gradient = p, grad
-        if distributed.is_sharded(p) or distributed.is_sharded(grad):
-            check_placements(grad, p, ordinal)
+        if distributed.is_sharded(p):
+            # Under sequence parallelism the gradient of a norm's weight is a partial sum.
+            if distributed.is_sharded(grad) and grad.placements != p.placements:
+                grad = grad.redistribute(placements=p.placements)
             shard, gradient = distributed.local(p), distributed.local(grad)
         dims, values = None, shard
         if not shard.is_contiguous():
@@ -230,9 +228,9 @@ class MicroAdam(Optimizer):
             cache = self._prepare(p, fits, state, dims)
         if state.get("storage_order") != dims:
             raise ValueError(
-                f"parameter {ordinal} has another memory format than at its first step, in whose "
-                "order its state lies: choose formats before the first step, or create a new "
-                "optimizer"
+                f"parameter {ordinal} has another memory format than the one in whose order its "
+                "state lies: choose formats before the first step, load state of the same format, "
+                "or create a new optimizer"
             )
         return ordinal, p, shard, values, gradient.contiguous(), state, cache.thresholds
 
@@ -244,8 +242,10 @@ class MicroAdam(Optimizer):
         held = ops.hold_state(states, thresholds, held)
         device = params[0].device
         lr = group["lr"]
-        is_compiling = torch.compiler.is_compiling()
-        if isinstance(lr, Tensor) and lr.is_cpu and device.type != "cpu" and not is_compiling:
+        if torch.compiler.is_compiling():
+            if not isinstance(lr, Tensor):  # a graph would be made for each value of a number
+                lr = torch.full((), lr, dtype=torch.float64, device=device)
+        elif isinstance(lr, Tensor) and lr.is_cpu and device.type != "cpu":
             lr = lr.item()  # a copy to the device would be waited for
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -352,16 +352,25 @@ class MicroAdam(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state and the groups; the state of a sharded parameter below its shard's name."""
-        packed = super().state_dict()
+        # As a hook, the first after the base class's work, so that hooks of the user see it.
+        hook = self.register_state_dict_post_hook(
+            lambda _, state_dict: self._name_shards(state_dict), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def _name_shards(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         parameters = self._parameters()
-        packed["state"] = {
+        state = {
             index: {Shard.of(parameters[index]).name: state}
             if distributed.is_sharded(parameters[index])
             else state
-            for index, state in packed["state"].items()
+            for index, state in state_dict["state"].items()
             if state  # looking up a parameter that has none makes an empty one
         }
-        return packed
+        return {**state_dict, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, every tensor in the dtype it was saved with.
@@ -418,7 +427,8 @@ class MicroAdam(Optimizer):
                     f"a parameter group of the saved state has no {', '.join(missing)}: it was "
                     "written by another optimizer"
                 )
-            check_hyperparameters(saved_group)
+            # A schedule that ends at 0 may have passed it by a rounding.
+            check_hyperparameters({**saved_group, "lr": abs(saved_group["lr"])})
             for index, p in zip(saved_group["params"], own_group["params"], strict=True):
                 if state_dict["state"].get(index):
                     saved = distributed.by_shard(state_dict["state"][index], tuple(p.shape))

@@ -9,11 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microadam.distributed import is_sharded
 from microadam.layout import MAX_BLOCK_SIZE, BlockLayout
+from microadam.ops import DTYPES
 
 # Below it eps could be 0 in float32, and a coordinate without a gradient would become 0 / 0.
 MIN_EPS = torch.finfo(torch.float32).tiny
+
+
+def check_parameters(params: Sequence[Tensor]) -> None:
+    """What a group may hold."""
+    if len(set(params)) < len(params):  # the base class only warns
+        raise ValueError(
+            "a parameter appears twice in the group, and would be stepped twice at once: pass "
+            "tied weights once, as model.parameters() does"
+        )
+    for index, p in enumerate(params):
+        check_dtype(p, f"parameter {index} of the group")
+
+
+def check_dtype(p: Tensor, name: str) -> None:
+    if p.dtype not in DTYPES:
+        remedy = (
+            "pass its torch.view_as_real" if p.is_complex() else "convert it, as model.float() does"
+        )
+        raise ValueError(
+            f"{name} has dtype {p.dtype}; MicroAdam takes float32, bfloat16 and float16: {remedy}"
+        )
 
 
 def check_gradient(grad: Tensor, ordinal: int) -> None:
@@ -26,14 +47,6 @@ def check_gradient(grad: Tensor, ordinal: int) -> None:
         raise RuntimeError(
             f"the gradient of parameter {ordinal} has dtype {grad.dtype}; MicroAdam needs real "
             "floating-point gradients"
-        )
-
-
-def check_placements(grad: Tensor, p: Tensor, ordinal: int) -> None:
-    if is_sharded(grad) and is_sharded(p) and grad.placements != p.placements:
-        raise RuntimeError(
-            f"the gradient of parameter {ordinal} has the placements {grad.placements}, the "
-            f"parameter {p.placements}: redistribute the gradient to those first"
         )
 
 
@@ -154,3 +167,5 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
         "seed",
         "must be an integer of at least 0 and less than 2**64",
     )
+    for name in ("amsgrad", "differentiable", "maximize"):  # of torch's optimizers
+        require(not group.get(name), name, "MicroAdam has no such variant: leave it out")

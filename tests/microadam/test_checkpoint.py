@@ -161,6 +161,29 @@ def test_rates_of_numpy_do_not_stop_loading(tmp_path: Path) -> None:
     assert (group["lr"], group["betas"]) == (1e-3, (0.9, 0.99))
 
 
+def test_a_rate_that_a_schedule_took_below_zero_by_a_rounding_loads() -> None:
+    source, target = new_run(torch.float32), new_run(torch.float32)
+    schedule = torch.optim.lr_scheduler.LinearLR(source, end_factor=0.0, total_iters=7)
+    for step in range(7):
+        take_steps(source, step, step + 1)
+        schedule.step()
+    rate = source.param_groups[0]["lr"]
+    assert -1e-15 < rate < 0
+    target.load_state_dict(source.state_dict())
+    assert target.param_groups[0]["lr"] == rate
+
+
+def test_save_hooks_see_and_change_what_is_saved() -> None:
+    optimizer = new_run(torch.float32)
+    take_steps(optimizer, 0, 1)
+    optimizer.register_state_dict_post_hook(
+        lambda _, saved: {"state": {f"p{i}": state for i, state in saved["state"].items()}}
+    )
+    saved = optimizer.state_dict()
+    assert saved.keys() == {"state"}
+    assert saved["state"].keys() == {f"p{i}" for i in range(len(SIZES))}
+
+
 def test_load_hooks_see_and_change_the_whole_state() -> None:
     source, target = new_run(torch.float32), new_run(torch.float32)
     take_steps(source, 0, 2)

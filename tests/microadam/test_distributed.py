@@ -269,6 +269,32 @@ def load(net: torch.nn.Module, optimizer: MicroAdam, folder: Path) -> None:
     set_state_dict(net, optimizer, model_state_dict=model, optim_state_dict=state)
 
 
+def partial_sum_rank() -> tuple[Tensor, Tensor]:
+    """A parameter that every rank holds whole, with a part of its gradient; and the same in one."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    dist.init_process_group("gloo")
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    part = torch.randn(300, generator=torch.Generator().manual_seed(dist.get_rank()))
+    whole = part.clone()
+    dist.all_reduce(whole)
+    p, twin = torch.ones(300), torch.ones(300)
+    p_in_mesh = DTensor.from_local(p, mesh, [Replicate()]).requires_grad_()
+    p_in_mesh.grad = DTensor.from_local(part, mesh, [Partial()])
+    twin.grad = whole
+    MicroAdam([p_in_mesh], lr=0.1).step()
+    MicroAdam([twin], lr=0.1).step()
+    return p, twin
+
+
+@pytest.mark.distributed
+def test_partial_sums_of_a_gradient_are_added_up() -> None:
+    """Under sequence parallelism the gradient of a norm's weight is one."""
+    for stepped, expected in run_on_ranks(2, partial_sum_rank):
+        assert not torch.equal(expected, torch.ones(300))
+        assert torch.equal(stepped, expected)
+
+
 class Rank(NamedTuple):
     """What a rank reports."""
 

@@ -44,10 +44,20 @@ def test_complex_gradient_is_refused(rng: np.random.Generator) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.float64], ids=str)
-def test_parameter_of_an_unsupported_dtype_is_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=rf"parameter 1 .* {dtype}; .* model.float\(\)"):
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [(torch.complex64, "view_as_real"), (torch.float64, r"model.float\(\)")]
+)
+def test_parameter_of_an_unsupported_dtype_is_refused(dtype: torch.dtype, remedy: str) -> None:
+    with pytest.raises(ValueError, match=rf"parameter 1 .* {dtype}; .*{remedy}"):
         MicroAdam([torch.zeros(2), torch.zeros(2, dtype=dtype)])
+
+
+def test_a_model_that_becomes_float64_is_refused_at_its_next_step() -> None:
+    model = nn.Linear(20, 1)
+    optimizer = MicroAdam(model.parameters())
+    model.double()(torch.ones(20, dtype=torch.float64)).backward()
+    with pytest.raises(ValueError, match=r"parameter 0 has dtype torch.float64; .* model.float"):
+        optimizer.step()
 
 
 OUT_OF_RANGE = [
@@ -120,6 +130,14 @@ def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was(
     assert optimizer.param_groups[0].keys() == groups_before[0].keys()
     assert_same(clone_all(optimizer), before)
     step_and_judge(optimizer)
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "differentiable", "maximize"])
+def test_a_variant_that_there_is_not_is_refused(name: str) -> None:
+    """Torch's optimizers take them in a group, where they would be passed over in silence."""
+    with pytest.raises(ValueError, match=f"{name}=True: MicroAdam has no such variant"):
+        MicroAdam([{"params": [torch.zeros(2)], name: True}])
+    MicroAdam([{"params": [torch.zeros(2)], name: False}])
 
 
 def test_a_group_that_is_no_dictionary_is_refused(rng: np.random.Generator) -> None:

@@ -79,6 +79,21 @@ def test_optimizer_under_compile() -> None:
     assert counter.op_count > 0
 
 
+def test_a_schedule_does_not_compile_the_step_anew() -> None:
+    p = torch.nn.Parameter(torch.ones(300))
+    optimizer = MicroAdam([p])
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
+    counter = torch._dynamo.testing.CompileCounter()  # type: ignore[no-untyped-call]
+    step = torch.compile(optimizer.step, backend=counter)
+    graphs = []
+    for _ in range(6):
+        p.grad = torch.ones(300)
+        step()
+        schedule.step()
+        graphs.append(counter.frame_count)
+    assert graphs[2:] == [graphs[2]] * 4, graphs
+
+
 def on_fake_tensors(args: tuple[Any, ...]) -> None:
     mode = torch._subclasses.FakeTensorMode()
     with mode:
