@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -85,18 +85,24 @@ def make_parameters(
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all state tensors, those inside tensor subclasses and other objects included."""
+    """Bytes of all state tensors, those inside tensor subclasses and other objects included.
+
+    What several share counts once, as bitsandbytes' maps from a code to its value.
+    """
     if isinstance(optimizer, MicroAdam):
         return optimizer.state_bytes()
-    return sum(_bytes_of(value) for state in optimizer.state.values() for value in state.values())
+    values = (value for state in optimizer.state.values() for value in state.values())
+    storages = [tensor.untyped_storage() for value in values for tensor in _tensors_in(value)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _bytes_of(value: object) -> int:
+def _tensors_in(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()
-        return sum(_bytes_of(getattr(value, name)) for name in names)
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if hasattr(value, "__dict__"):  # GaLore's projector
-        return sum(map(_bytes_of, vars(value).values()))
-    return 0
+        for name in names:
+            yield from _tensors_in(getattr(value, name))
+    elif isinstance(value, Tensor):
+        yield value
+    elif hasattr(value, "__dict__"):  # FlashAdamW's
+        for part in vars(value).values():
+            yield from _tensors_in(part)

@@ -123,7 +123,7 @@ class MicroAdamConfig(AdamWConfig):
 @dataclass
 class Adam8bitConfig(AdamWConfig):
     def build(self, model: Module) -> Optimizer:
-        bitsandbytes = _bitsandbytes(self.name)
+        bitsandbytes = _bitsandbytes(self.name, model)
         return bitsandbytes.AdamW8bit(self.groups(model), **self.adam_arguments())
 
     def state_bytes(self, model: Module) -> int:
@@ -295,7 +295,7 @@ class LionConfig(OptimizerConfig):
         _require_betas(self.betas, 2)
 
     def build(self, model: Module) -> Optimizer:
-        bitsandbytes = _bitsandbytes(self.name)
+        bitsandbytes = _bitsandbytes(self.name, model)
         return bitsandbytes.Lion(self.groups(model), lr=self.lr, betas=tuple(self.betas))
 
     def state_bytes(self, model: Module) -> int:
@@ -355,6 +355,17 @@ def build(model: Module, config: OptimizerConfig) -> Optimizer:
         raise ExperimentError(f"optimizer.{error}") from error
 
 
+def check(config: OptimizerConfig) -> None:
+    """Refuses what `build` would refuse of most models, before one is loaded.
+
+    Raises:
+        ExperimentError, UnavailableError: as `build`.
+    """
+    import torch
+
+    build(torch.nn.Linear(1 << 16, 1 << 16, device="meta"), config)
+
+
 def measured_state_bytes(optimizer: Optimizer) -> int:
     """Bytes that the tensors of the optimizer's state take, shared ones counted once."""
     storages = {
@@ -395,10 +406,16 @@ def _require_eps_pair(eps: list[float]) -> None:
     require(is_valid, "optimizer.eps", eps, "must be 2 numbers greater than 0")
 
 
-def _bitsandbytes(optimizer: str) -> Any:
+def _bitsandbytes(optimizer: str, model: Module) -> Any:
+    """The module, with the model as it will leave it."""
     # It warns that a kernel for inference in 4 bits, which no optimizer uses, is not installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    return _import(optimizer, "bitsandbytes.optim", "bitsandbytes>=0.50")
+    module = _import(optimizer, "bitsandbytes.optim", "bitsandbytes>=0.50")
+    # Its first step makes parameters contiguous, channels-last ones too, without a word. A run that
+    # goes on from a checkpoint would take a step in another format than one that was not stopped.
+    for p in _trainable(model):
+        p.data = p.data.contiguous()
+    return module
 
 
 def _import(optimizer: str, module: str, requirement: str) -> Any:

@@ -137,9 +137,13 @@ class RunFolder:
 
     def finish(self, record: dict[str, Any]) -> None:
         """Writes the record; from here on the run counts as finished."""
-        text = _to_json(record)
-        atomic.write_text(self._committed_record, text)
-        atomic.write_text(self._record, text)
+        atomic.write_text(self._committed_record, _to_json(record))
+        atomic.write_text(self._record, _to_json(record))
+
+    def restore_copy(self, record: dict[str, Any]) -> None:
+        """Brings back the copy of a finished run's record that tables are made of."""
+        if not self._committed_record.exists():
+            atomic.write_text(self._committed_record, _to_json(record))
 
 
 def _take_lock(file: IO[str]) -> bool:

@@ -79,7 +79,7 @@ def _earlier_record(config: RunConfig, run: RunFolder) -> dict[str, Any] | None:
     record = run.finished_record()
     if record is not None:
         print(f"already {record['status']}; force=true runs it again\n")
-        run.finish(record)  # brings back the copy that tables are made of
+        run.restore_copy(record)
     return record
 
 
@@ -95,10 +95,12 @@ def _run(
     is_first = distributed.rank() == 0
     machine.forget_peak()
     torch.manual_seed(config.seed)
+    chosen_task = tasks.chosen(config)
+    optimizers.check(config.optimizer)
     if is_first:
         run.start(config)
         print(f"loading {config.dataset.name} and {config.model.name}", flush=True)
-    task = tasks.chosen(config)(config, machine)
+    task = chosen_task(config, machine)
     found = distributed.from_all((task.data_source, task.num_examples))
     remedy = (
         f"the processes found different data ({found}); set dataset.source to one of the sources"
@@ -242,5 +244,7 @@ def _prefixed(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
 
 def _command(overrides: Sequence[str]) -> str:
     """What repeats this run anywhere: of a sweep, the one job."""
-    places = ("results_dir=", "dataset.root=")
-    return shlex.join(["python", "run.py", *(o for o in overrides if not o.startswith(places))])
+    not_its_own = ("results_dir=", "dataset.root=", "force=", "logger=", "logger.")
+    return shlex.join(
+        ["python", "run.py", *(o for o in overrides if not o.startswith(not_its_own))]
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import step
+from benchmarks import optimizers, step
 from microadam import BlockLayout, MicroAdam
 
 
@@ -28,3 +28,13 @@ def test_only_memory_sectors_with_an_update_are_counted(dtype: torch.dtype) -> N
     assert {0, 17 // per_sector, 4096 // per_sector, 5000 // per_sector} <= expected
     num_bytes = step._updated_bytes(contestant, p, BlockLayout(numel))
     assert num_bytes == 32 * len(expected)
+
+
+def test_state_that_parameters_share_counts_once() -> None:
+    """As bitsandbytes' maps, which counted for each of 200 parameters."""
+    params = [torch.nn.Parameter(torch.zeros(10)) for _ in range(3)]
+    optimizer = torch.optim.SGD(params)
+    shared = torch.zeros(256)
+    for p in params:
+        optimizer.state[p] = {"own": torch.zeros(10), "map": shared, "step": 1}
+    assert optimizers.state_bytes(optimizer) == 3 * 40 + 1024

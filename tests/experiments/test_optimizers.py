@@ -130,6 +130,17 @@ def test_rows_without_a_gradient_stay_finite(composed: Compose, name: str) -> No
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@EVERY_OPTIMIZER
+def test_a_step_leaves_memory_formats_alone(composed: Compose, name: str) -> None:
+    """bitsandbytes changed channels-last weights in its first step, so that runs of a ResNet that
+    were interrupted ended otherwise."""
+    model = _zoo(name).to(memory_format=torch.channels_last)
+    optimizer = optimizers.build(model, _config(composed, name))
+    before = [p.stride() for p in model.parameters()]
+    _steps(model, optimizer, 1)
+    assert [p.stride() for p in model.parameters()] == before
+
+
 @BOTH_DTYPES
 @EVERY_OPTIMIZER
 def test_a_saved_and_loaded_run_goes_on_bit_for_bit(

@@ -22,7 +22,7 @@ from experiments import activations, checkpoints, hardware, status, tasks, train
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
 from experiments.records import RunFolder
-from experiments.runner import _curve, execute
+from experiments.runner import _command, _curve, execute
 from experiments.tasks.causal_lm import CausalLM
 from tests.experiments.helpers import ROOT, SHORT, Compose, outcome, without_clocks
 
@@ -73,10 +73,36 @@ def test_a_finished_run_is_left_alone_unless_forced_and_then_kept(
     execute(config)
     assert "already finished" in capsys.readouterr().out
     assert RunFolder(config).finished_record() == first
+    (copy,) = Path(config.results_dir, "records").glob("*.json")
+    copy.unlink()
+    written_at = (RunFolder(config).path / "record.json").stat().st_mtime_ns
+    execute(config)
+    assert json.loads(copy.read_text()) == first
+    assert (RunFolder(config).path / "record.json").stat().st_mtime_ns == written_at
     execute(composed(*SHORT, "training.max_steps=2", "force=true"))
     assert outcome(config)[1] == without_clocks(first["metrics"])
     kept = [path for path in RunFolder(config).path.parent.iterdir() if path.is_dir()]
     assert len(kept) == 2
+
+
+def test_a_records_command_says_what_the_run_is_and_no_more() -> None:
+    own = ["optimizer=adamw", "seed=7"]
+    others = [
+        "force=true",
+        "results_dir=a",
+        "dataset.root=b",
+        "logger=wandb",
+        "logger.mode=offline",
+    ]
+    assert _command([*others, *own]) == "python run.py optimizer=adamw seed=7"
+
+
+def test_what_the_optimizer_refuses_is_said_before_the_model_is_loaded(
+    composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ExperimentError, match=r"optimizer\.density=2"):
+        execute(composed(*SHORT, "optimizer.density=2"))
+    assert "loading" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
