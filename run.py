@@ -13,7 +13,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
@@ -55,6 +55,9 @@ def command_line(given: Sequence[str]) -> list[str]:
         is_value = before.startswith("-") and "=" not in argument  # as job in --cfg job
         is_option = argument.startswith("-") or (is_value and not argument.startswith("~"))
         (options if is_option else overrides).append(argument)
+    printing = {"--cfg", "-c", "--info", "-i"}.intersection(options)
+    if printing and {"--multirun", "-m"}.intersection(options):
+        raise ExperimentError(f"{min(printing)}: prints one config; leave --multirun out")
     return completed(overrides) + options
 
 
@@ -80,17 +83,19 @@ def completed(overrides: Sequence[str]) -> list[str]:
         raise ExperimentError(f"{error.override}: cannot be read; {remedy}") from error
     values = {override.key_or_group: override.input_line for override in parsed}
     choices = groups()
+    has_images = values.get("task") is not None and all(
+        task == "imagenet" for o in parsed if o.key_or_group == "task" for task in _values_of(o)
+    )
     for override in parsed:
         name, value = override.key_or_group, override.value()
         if not name:
             raise ExperimentError(f"{override.input_line}: there is no key before the =")
-        chosen = value.list if isinstance(value, ChoiceSweep) else [value]
-        for choice in chosen if name in choices and not override.is_delete() else ():
+        for choice in _values_of(override) if name in choices and not override.is_delete() else ():
             if choice is None or isinstance(choice, int | float):  # that is a traceback of Hydra's
                 known = ", ".join(choices[name])
                 raise ExperimentError(f"{override.input_line}: choose one of {known}")
         require(
-            not name.startswith("images.") or values.get("task") == "task=imagenet",
+            not name.startswith("images.") or has_images,
             name,
             value,
             "only task=imagenet has images; leave it out",
@@ -98,6 +103,12 @@ def completed(overrides: Sequence[str]) -> list[str]:
     if "training.epochs" in values and "training.max_steps" not in values:
         overrides.append("training.max_steps=null")
     return overrides
+
+
+def _values_of(override: Override) -> list[Any]:
+    """Its value, or all that a sweep goes through."""
+    value = override.value()
+    return value.list if isinstance(value, ChoiceSweep) else [value]
 
 
 def _with_home(override: str) -> str:
@@ -241,7 +252,8 @@ if __name__ == "__main__":
         ExperimentError,
         HydraException,
         OmegaConfBaseException,
-        NotADirectoryError,  # where Hydra makes the folder of a sweep
+        FileNotFoundError,  # where Hydra makes the folder of a sweep
+        NotADirectoryError,
         PermissionError,
     ) as error:
         if wants_traceback:

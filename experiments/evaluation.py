@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.config import EvaluationConfig, HarnessTaskConfig
 from experiments.data import text
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, require
 
 # The folder below lm_eval/tasks with the harness's own description of each task.
 _FOLDERS = {
@@ -28,6 +28,7 @@ _FOLDERS = {
     "mmlu": "mmlu/default",
     "winogrande": "winogrande",
 }
+_FEWSHOT_SEED = 1234  # which the harness takes where none is given; chooses the examples
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
@@ -79,17 +80,13 @@ class _Task:
 class Harness:
     """The tasks of the harness that a run is evaluated on, their data read and checked."""
 
-    def __init__(self, config: EvaluationConfig, seed: int) -> None:
+    def __init__(self, config: EvaluationConfig) -> None:
         """Reads all data, so that what is missing is said before the training.
-
-        Args:
-            seed: chooses the few-shot examples.
 
         Raises:
             ExperimentError: an unknown task, or data that is missing or broken.
         """
         self._config = config
-        self._seed = seed
         self._sources: dict[str, str] = {}
         self._tasks: dict[str, list[_Task]] = {}  # one, or the members of a group
         for name, task_config in config.harness.items():
@@ -123,7 +120,7 @@ class Harness:
             manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
             loaded = manager.load(list(self._tasks))
             for task in loaded["tasks"].values():
-                task.set_fewshot_seed(self._seed)
+                task.set_fewshot_seed(_FEWSHOT_SEED)
                 if task.OUTPUT_TYPE == "generate_until":
                     limit = {"max_gen_toks": self._config.max_new_tokens}
                     task.set_config("generation_kwargs", limit, update=True)
@@ -188,9 +185,8 @@ def _load(name: str, config: HarnessTaskConfig) -> tuple[str, list[_Task]]:
     )
     description = next(iter(members.values())).cfg  # members read the same splits
     evaluated = description.get("test_split") or description["validation_split"]
-    wanted = {evaluated}
-    if config.num_fewshot:
-        wanted.add(_fewshot_split(name, description, config))
+    fewshot = _fewshot_split(name, description, config) if config.num_fewshot else evaluated
+    wanted = {evaluated, fewshot}
     data = text.load(config.dataset, sorted(wanted))
     columns = list(config.dataset.columns)
     rows = {
@@ -208,6 +204,12 @@ def _load(name: str, config: HarnessTaskConfig) -> tuple[str, list[_Task]]:
             for split, rows in rows.items()
         }
         if own[evaluated]:
+            require(
+                config.num_fewshot <= len(own[fewshot]),
+                f"evaluation.harness.{name}.num_fewshot",
+                config.num_fewshot,
+                f"split {fewshot} has only {len(own[fewshot])} examples for {member.name}",
+            )
             overrides = {"num_fewshot": config.num_fewshot, **config.overrides}
             tasks.append(_Task(member.name, member.yaml_path, splits, own, overrides))
     return data.source, tasks

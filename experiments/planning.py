@@ -124,7 +124,6 @@ def make(config: RunConfig) -> Plan:
     is_released = bool(config.training.gradient_release)
     grad_bytes = 0 if is_released else sum(p.numel() * p.element_size() for p in params)
     num_examples = _num_examples(task, config.dataset)
-    adamw_state_bytes = sum(2 * p.numel() * p.element_size() + 4 for p in params)
     return Plan(
         num_params=sum(p.numel() for p in model.parameters()),
         num_examples=num_examples,
@@ -137,12 +136,12 @@ def make(config: RunConfig) -> Plan:
             task, model, task.plan_batch(config), precision, is_released
         ),
         host_bytes=host.num_bytes,
-        adamw_state_bytes=adamw_state_bytes,
+        adamw_state_bytes=optimizers.AdamWConfig(name="adamw", lr=0.0).state_bytes(model),
     )
 
 
 def _num_examples(task: type[tasks.Task], dataset: DatasetConfig) -> int:
-    if dataset.local_folder() is not None:
+    if dataset.local_folder() is not None or dataset.source == "generated":
         return task.num_local_examples(dataset)
     if dataset.size is None:
         raise ExperimentError(f"dataset={dataset.name}: it is for evaluation, not for training")

@@ -24,7 +24,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def _schedule(config: RunConfig, steps: int) -> str:
     lr, num_warmup = config.optimizer.lr, config.training.warmup_steps
-    if num_warmup > steps:
+    if num_warmup >= steps:
         return f"{lr:g}, never reached: training.warmup_steps={num_warmup} of {steps} steps"
     decay = {"linear": "linear decay to 0", "cosine": "cosine decay to 0", "constant": "constant"}
     return f"{lr:g}, {decay[config.training.schedule]} after {num_warmup} warm-up steps"

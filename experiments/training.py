@@ -23,11 +23,11 @@ from experiments.distributed import Parallel
 from experiments.gradient_release import ReleasedStep
 from experiments.hardware import Hardware
 from experiments.interruption import Interruption
+from experiments.progress_bars import progress_bar
 from experiments.records import RunFolder
 from experiments.tasks import Task
 from microadam.distributed import is_sharded
 
-_LOG_FILE_INTERVAL_S = 15.0  # between two lines of progress where nobody watches a terminal
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -95,15 +95,7 @@ def train(
     if training.gradient_release:
         release = ReleasedStep(task.model, optimizer, training, setup.hardware)  # type: ignore[arg-type]
     task.model.train()
-    bar = tqdm(
-        desc="train",
-        total=last_step,
-        initial=first_step,
-        unit="step",
-        dynamic_ncols=True,
-        disable=rank > 0,
-        mininterval=0.1 if sys.stderr.isatty() else _LOG_FILE_INTERVAL_S,
-    )
+    bar = progress_bar("train", last_step, "step", initial=first_step, disable=rank > 0)
     with bar, interruption.deferred():
         batches_of_steps = task.steps(order, first_step, last_step)
         for step in range(first_step, last_step):

@@ -30,11 +30,11 @@ from ffcv.types import (
     get_metadata_type,
 )
 from PIL import Image
-from tqdm import tqdm
 
 from experiments import atomic
 from experiments.data.images import Images
 from experiments.errors import ExperimentError, require, require_positive
+from experiments.progress_bars import progress_bar
 
 _PAGE_BYTES = 1 << 23
 _CHUNK = 32  # images that a worker encodes at a time
@@ -134,13 +134,7 @@ def _write(images: Images, path: Path, storage: Storage, num_workers: int) -> No
         collate_fn=list,
         generator=torch.Generator(),  # else it would draw from the one that draws the weights
     )
-    bar = tqdm(
-        desc=f"writing {path.name}",
-        total=len(images),
-        initial=len(rows),
-        unit="image",
-        dynamic_ncols=True,
-    )
+    bar = progress_bar(f"writing {path.name}", len(images), "image", initial=len(rows))
     with partial.open("ab") as data_file, journal.open("ab") as journal_file, bar:
         page = _Page(data_file, journal_file)
         for chunk in encoded:

@@ -63,7 +63,10 @@ def load(config: DatasetConfig, splits: Sequence[str] | None = None) -> TextData
             reached where nothing may stand in for it.
     """
     source, folder = _find(config)
-    files = {split: folder / f"{split}.jsonl" for split in splits or config.splits}
+    wanted = splits or config.splits
+    if config.num_held_out is not None:  # what is tested on is cut from what is trained on
+        wanted = ["train", *(split for split in wanted if split not in ("train", "test"))]
+    files = {split: folder / f"{split}.jsonl" for split in wanted}
     rows = {split: read_jsonl(path, config.columns) for split, path in files.items()}
     if config.num_held_out is not None:
         num_left = len(rows["train"]) - config.num_held_out

@@ -44,6 +44,10 @@ def main() -> None:
         planned = memory.read(results_dir)
         if planned is not None:
             written += memory.write(planned, results_dir)
+        elif options.what == "memory":
+            sys.exit(
+                f"error: {results_dir} has no memory_plan.json; make it with: make memory-table"
+            )
     if options.what != "memory":
         figures = [f for draw in DRAWN_BY for f in draw(results_dir, results_dir / "figures")]
         written += [path for figure in figures for path in figure.files]

@@ -69,7 +69,7 @@ class Task(ABC):
 
     @staticmethod
     def num_local_examples(config: DatasetConfig) -> int:
-        """Training examples in the data set's local folder, for the plan."""
+        """Training examples in the data set's local folder, or of generated data, for the plan."""
         return len(text.load(config).rows["train"])
 
     @staticmethod

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments import activations, models, pretrained
@@ -22,6 +21,7 @@ from experiments.data import text
 from experiments.errors import require
 from experiments.evaluation import Harness
 from experiments.hardware import Hardware
+from experiments.progress_bars import evaluation_bar
 from experiments.tasks import Task
 
 _IGNORED = -100
@@ -173,7 +173,7 @@ class CausalLM(Task):
         self.data_source = data.source
         remedy = "there is no split test: hold some rows out"
         require("test" in data.rows, "dataset.num_held_out", config.dataset.num_held_out, remedy)
-        self._harness = Harness(config.evaluation, config.seed)
+        self._harness = Harness(config.evaluation)
         loaded = models.load_causal_lm(config.model)
         self._tokenizer = loaded.tokenizer
         self.model = loaded.model.to(hardware.device, hardware.param_dtype)
@@ -219,9 +219,7 @@ class CausalLM(Task):
         config = self._config.evaluation
         examples = self._test[: config.limit]
         loss, num_targets = 0.0, 0
-        with tqdm(
-            desc="held-out loss", total=len(examples), unit="example", leave=False, disable=None
-        ) as bar:
+        with evaluation_bar("held-out loss", len(examples), "example") as bar:
             for batch in self._batches(examples, config.batch_size):
                 loss += float(self.loss_sum(self.model, batch))
                 num_targets += batch.num_targets

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from experiments import atomic, vision_models
 from experiments.config import DatasetConfig, ImageConfig, RunConfig
 from experiments.data import images
 from experiments.data.order import DataOrder, num_steps
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, require
 from experiments.hardware import Hardware, resolve_precision
+from experiments.progress_bars import evaluation_bar
 from experiments.tasks import Task
 from experiments.tasks.classification import accuracy
 
@@ -103,7 +103,7 @@ class ImageNet(Task):
         num_images = min(config.limit or self._test.num_images, self._test.num_images)
         loss, num_top_1, num_top_5 = 0.0, 0, 0
         self.model.eval()
-        bar = tqdm(desc="evaluate", total=num_images, unit="image", leave=False, disable=None)
+        bar = evaluation_bar("evaluate", num_images, "image")
         with bar, torch.no_grad(), self._hardware.autocast():
             for pixels, labels in self._test.evaluate(
                 num_images, config.batch_size, self._recipe.eval_resolution
@@ -151,4 +151,10 @@ class ImageNet(Task):
 def _recipe(config: RunConfig) -> ImageConfig:
     if config.images is None:
         raise ExperimentError("images=null: task=imagenet needs its keys; see configs/preset")
+    require(
+        config.dataset.num_held_out is None,
+        "dataset.num_held_out",
+        config.dataset.num_held_out,
+        "task=imagenet tests on a split of its own; leave it out",
+    )
     return config.images

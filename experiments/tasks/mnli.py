@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from experiments import models, pretrained
@@ -16,6 +15,7 @@ from experiments.config import RunConfig
 from experiments.data import text
 from experiments.errors import ExperimentError
 from experiments.hardware import Hardware
+from experiments.progress_bars import evaluation_bar
 from experiments.tasks import Task, classification
 from experiments.tasks.classification import Batch, Example
 
@@ -103,9 +103,7 @@ class MNLI(Task):
     def _evaluate_split(self, name: str, examples: Sequence[Example]) -> tuple[float, int]:
         """Mean loss, and how many examples get their own label."""
         loss, num_correct = 0.0, 0
-        with tqdm(
-            desc=f"evaluate {name}", total=len(examples), unit="pair", leave=False, disable=None
-        ) as bar:
+        with evaluation_bar(f"evaluate {name}", len(examples), "pair") as bar:
             for batch in self._batches(examples, self._config.evaluation.batch_size):
                 with self._hardware.autocast():
                     logits = classification.logits(self.model, batch)

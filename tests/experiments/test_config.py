@@ -14,7 +14,7 @@ from experiments import tasks
 from experiments.config import run_hash
 from experiments.errors import ExperimentError
 from experiments.optimizers import MicroAdamConfig
-from run import command_line
+from run import command_line, completed
 from tests.experiments.helpers import ROOT, Compose
 
 
@@ -245,6 +245,20 @@ def test_a_path_may_begin_with_the_home_folder(composed: Compose) -> None:
     assert composed("model.path=~/models/a", "model=minilm_l6").model.path == str(
         Path.home() / "models/a"
     )
+
+
+def test_images_may_be_changed_in_a_sweep_over_nothing_else() -> None:
+    for task in ("task='imagenet'", "task=imagenet,imagenet"):
+        overrides = [task, "images.eval_resolution=20"]
+        assert completed(overrides) == overrides
+    with pytest.raises(ExperimentError, match="only task=imagenet has images"):
+        completed(["task=imagenet,mnli", "images.eval_resolution=20"])
+
+
+@pytest.mark.parametrize("given", ["--multirun --cfg job", "-c job seed=1,2 -m", "-m --info"])
+def test_a_sweep_has_no_one_config_to_print(given: str) -> None:
+    with pytest.raises(ExperimentError, match="prints one config; leave --multirun out"):
+        command_line(given.split())
 
 
 @pytest.mark.parametrize(

@@ -59,14 +59,14 @@ def test_all_four_tasks_are_evaluated_on_a_local_folder_as_on_generated_rows(
     composed: Compose, tiny: models.LoadedModel, tmp_path: Path
 ) -> None:
     """The local folders hold the very rows that are generated, so every score is the same."""
-    generated = _evaluate(tiny, Harness(composed(*SMOKE).evaluation, seed=1))
+    generated = _evaluate(tiny, Harness(composed(*SMOKE).evaluation))
     for name, (examples, evaluated, rows_of) in SPLITS.items():
         num_examples = 15 if name == "mmlu" else 100
         rows = {examples: rows_of(examples, num_examples), evaluated: rows_of(evaluated, 400)}
         _write(tmp_path / name, **rows)
     roots = [f"evaluation.harness.{name}.dataset.root={tmp_path}" for name in SPLITS]
     sources = [f"evaluation.harness.{name}.dataset.source=local" for name in SPLITS]
-    local = _evaluate(tiny, Harness(composed(*SMOKE, *roots, *sources).evaluation, seed=1))
+    local = _evaluate(tiny, Harness(composed(*SMOKE, *roots, *sources).evaluation))
     assert {local.pop(f"{name}/data_source") for name in SPLITS} == {"local"}
     assert {generated.pop(f"{name}/data_source") for name in SPLITS} == {"generated"}
     assert local == generated
@@ -107,7 +107,7 @@ def test_mmlu_has_57_subjects_and_each_question_weighs_the_same(
     ).evaluation
     config.limit = None
     config.harness = {"mmlu": config.harness["mmlu"]}
-    metrics = _evaluate(tiny, Harness(config, seed=1))
+    metrics = _evaluate(tiny, Harness(config))
     assert (metrics["mmlu/num_tasks"], metrics["mmlu/num_samples"]) == (57, 59)
     assert metrics["mmlu/acc,none"] == pytest.approx(3 / 59)
 
@@ -118,15 +118,18 @@ def test_few_shot_examples_that_are_not_there_are_named_before_anything_runs(
     _write(tmp_path / "arc_challenge", test=choices.arc("test", 4))
     folder = f"evaluation.harness.arc_challenge.dataset.path={tmp_path / 'arc_challenge'}"
     with pytest.raises(ExperimentError, match=r"num_fewshot=1: .*train\.jsonl.*num_fewshot to 0"):
-        Harness(composed(*SMOKE, folder).evaluation, seed=1)
+        Harness(composed(*SMOKE, folder).evaluation)
     without = composed(*SMOKE, folder, "evaluation.harness.arc_challenge.num_fewshot=0")
-    Harness(without.evaluation, seed=1)
+    Harness(without.evaluation)
+    too_many = composed(*SMOKE, "evaluation.harness.winogrande.num_fewshot=101")
+    with pytest.raises(ExperimentError, match=r"num_fewshot=101: split train has only 100"):
+        Harness(too_many.evaluation)
 
 
 def test_fewer_samples_than_asked_for_are_an_error(
     composed: Compose, tiny: models.LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    harness = Harness(composed(*SMOKE).evaluation, seed=1)
+    harness = Harness(composed(*SMOKE).evaluation)
     evaluate = lm_eval.evaluate
 
     def evaluate_one(*arguments: Any, **settings: Any) -> Any:
@@ -141,7 +144,7 @@ def test_an_unknown_task_is_refused(composed: Compose) -> None:
     config = composed(*SMOKE).evaluation
     config.harness["truthfulqa"] = config.harness.pop("mmlu")
     with pytest.raises(ExperimentError, match=r"truthfulqa: known tasks are gsm8k, arc_challenge"):
-        Harness(config, seed=1)
+        Harness(config)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +179,7 @@ def test_the_two_protocols_read_an_answer_differently(
     folder = f"dataset.path={tmp_path / 'gsm8k'}"
     config = composed("scale=smoke", f"evaluation={protocol}", folder)
     assert config.evaluation.protocol == protocol
-    metrics = _evaluate(tiny, Harness(config.evaluation, seed=1))
+    metrics = _evaluate(tiny, Harness(config.evaluation))
     measured = {
         name.partition(",")[2]: value for name, value in metrics.items() if "exact_match," in name
     }

@@ -63,6 +63,23 @@ def test_at_paper_scale_a_folder_that_lacks_a_split_is_passed_over_for_the_hub(
     assert "(paper), 32 examples" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("task", "num"), [("mnli", "8,000"), ("imagenet", "2,048")])
+def test_a_plan_for_generated_data_counts_that(
+    composed: Compose, capsys: pytest.CaptureFixture[str], task: str, num: str
+) -> None:
+    overrides = ("dataset.source=generated", "dataset.num_train=null", "dry_run=true")
+    execute(composed(f"task={task}", "scale=smoke", *overrides))
+    assert f"(smoke), {num} examples" in capsys.readouterr().out
+
+
+def test_warm_up_as_long_as_the_run_is_said_to_be(
+    composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for num_steps, words in ((8, "never reached"), (7, "linear decay to 0 after 7 warm-up")):
+        execute(composed("scale=smoke", f"training.warmup_steps={num_steps}", "dry_run=true"))
+        assert words in capsys.readouterr().out
+
+
 def test_a_plan_that_does_not_fit_says_by_how_much(
     composed: Compose, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +101,10 @@ def test_a_plan_that_does_not_fit_says_by_how_much(
         (("task=mnli", "model=resnet18"), "model=resnet18: .* classifies texts"),
         (("model=bert_base",), "model=bert_base: its type is bert; .* continues texts"),
         (("task=imagenet", "model=bert_base"), "model=bert_base: .* not a ResNet's"),
+        (
+            ("task=imagenet", "dataset.splits=[train]", "dataset.num_held_out=9"),
+            "num_held_out=9: task=imagenet tests on a split of its own",
+        ),
         (("task=imagenet", "model.dropout=0.1"), "model.dropout=0.1: a ResNet has none"),
         (("task=mnli", "model.dropout=1"), "model.dropout=1.0: must be from 0 to less than 1"),
     ],

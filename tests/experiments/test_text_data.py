@@ -18,8 +18,7 @@ ROWS = [{"question": f"What is {n} + 1?", "answer": f"{n + 1}\n#### {n + 1}"} fo
 def _config(**values: object) -> DatasetConfig:
     fixed = {"name": "gsm8k", "hub_id": "openai/gsm8k", "size": 7473}
     return DatasetConfig(
-        **{"root": "no-such-folder", **fixed, **values},
-        splits=["train", "test"],
+        **{"root": "no-such-folder", "splits": ["train", "test"], **fixed, **values},
         columns={"question": "str", "answer": "str"},
     )
 
@@ -55,6 +54,15 @@ def test_a_folder_below_root_comes_before_the_hub_and_only_where_it_may(folder: 
 def test_num_train_takes_the_first_rows_of_the_training_split_only(folder: Path) -> None:
     data = text.load(_config(path=str(folder), num_train=2))
     assert (data.rows["train"], data.rows["test"]) == (ROWS[:2], ROWS)
+
+
+def test_held_out_rows_are_the_last_of_the_training_split_whatever_is_asked_for(
+    folder: Path,
+) -> None:
+    """An evaluation asks for the test split alone."""
+    config = _config(path=str(folder), splits=["train"], num_held_out=2)
+    for splits in (None, ["test"]):
+        assert text.load(config, splits).rows == {"train": ROWS[:3], "test": ROWS[3:]}
 
 
 def test_a_line_separator_inside_a_text_does_not_end_the_row(folder: Path) -> None:

@@ -1,0 +1,28 @@
+"""Progress bars."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+_LOG_FILE_INTERVAL_S = 15.0  # between two lines where nobody watches a terminal
+
+
+def progress_bar(desc: str, total: int, unit: str, **options: Any) -> tqdm[Any]:
+    """A progress bar; in a log file, where it lasts, a line every 15 seconds.
+
+    Args:
+        options: more of tqdm's.
+    """
+    interval_s = 0.1 if sys.stderr.isatty() else _LOG_FILE_INTERVAL_S
+    return tqdm(
+        desc=desc, total=total, unit=unit, dynamic_ncols=True, mininterval=interval_s, **options
+    )
+
+
+def evaluation_bar(desc: str, total: int, unit: str) -> tqdm[Any]:
+    """One that leaves nothing behind on a terminal, and in a log file nothing where it is short."""
+    delay_s = 0.0 if sys.stderr.isatty() else _LOG_FILE_INTERVAL_S
+    return progress_bar(desc, total, unit, leave=False, delay=delay_s)
