@@ -104,6 +104,7 @@ class Harness:
             (versions).
 
         Raises:
+            ExperimentError: answers may be longer than the model has room for.
             RuntimeError: the harness evaluated other tasks or another number of examples than was
                 asked for.
         """
@@ -119,14 +120,21 @@ class Harness:
                     self._write_group(name, Path(folder))
             manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
             loaded = manager.load(list(self._tasks))
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._config.batch_size)
             for task in loaded["tasks"].values():
                 task.set_fewshot_seed(_FEWSHOT_SEED)
                 if task.OUTPUT_TYPE == "generate_until":
+                    require(
+                        self._config.max_new_tokens < lm.max_length,
+                        "evaluation.max_new_tokens",
+                        self._config.max_new_tokens,
+                        f"the model has room for {lm.max_length} tokens, the prompt's included",
+                    )
                     limit = {"max_gen_toks": self._config.max_new_tokens}
                     task.set_config("generation_kwargs", limit, update=True)
             # Not simple_evaluate: it also seeds every generator and asks git about this folder.
             results = lm_eval.evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._config.batch_size),
+                lm,
                 loaded,
                 limit=self._config.limit,
                 log_samples=False,

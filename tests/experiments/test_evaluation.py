@@ -140,6 +140,14 @@ def test_fewer_samples_than_asked_for_are_an_error(
         _evaluate(tiny, harness)
 
 
+def test_answers_that_the_model_has_no_room_for_are_refused(
+    composed: Compose, tiny: models.LoadedModel
+) -> None:
+    config = composed("scale=smoke", "evaluation=gsm8k_0shot", "evaluation.max_new_tokens=4096")
+    with pytest.raises(ExperimentError, match=r"max_new_tokens=4096: .* room for 4096 tokens"):
+        _evaluate(tiny, Harness(config.evaluation))
+
+
 def test_an_unknown_task_is_refused(composed: Compose) -> None:
     config = composed(*SMOKE).evaluation
     config.harness["truthfulqa"] = config.harness.pop("mmlu")
