@@ -428,7 +428,9 @@ class MicroAdam(Optimizer):
                     "written by another optimizer"
                 )
             # A schedule that ends at 0 may have passed it by a rounding.
-            check_hyperparameters({**saved_group, "lr": abs(saved_group["lr"])})
+            lr = saved_group["lr"]
+            lr = abs(lr) if isinstance(lr, float | Tensor) else lr
+            check_hyperparameters({**saved_group, "lr": lr})
             for index, p in zip(saved_group["params"], own_group["params"], strict=True):
                 if state_dict["state"].get(index):
                     saved = distributed.by_shard(state_dict["state"][index], tuple(p.shape))

@@ -382,6 +382,16 @@ def test_where_nothing_ran_no_table_is_written(
     assert not list(tmp_path.glob("table*"))
 
 
+def test_a_launcher_that_is_not_installed_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = script.arguments(["table1", "--scale=smoke", "--launcher=dask"])
+    options.results_dir = tmp_path
+    monkeypatch.setattr(script.Jobs, "start", lambda *_: pytest.fail("a run was started"))
+    with pytest.raises(ExperimentError, match=r"hydra/launcher/dask.*launchers come with extras"):
+        script.make_table(options)
+
+
 def test_a_launcher_gets_the_runs_of_a_row_as_one_sweep(tmp_path: Path) -> None:
     grid = Cell("m", "o", ("task=mnli",), record()["config"], (1e-4, 1e-3), (42,))
     runs = planning.state_of(grid, []).missing
