@@ -232,6 +232,8 @@ def _one_line(error: BaseException) -> str:
             if line and not line.startswith(_NOISE) and line not in messages:
                 messages.append(line)
         cause = cause.__cause__
+    if any("override 'evaluation'" in message for message in messages):
+        return "evaluation: this task has an evaluation of its own; leave it out"  # + is refused
     if any("'hydra/launcher/" in message for message in messages):
         messages.append(
             "(launchers come with extras: pip install '.[joblib]', '.[slurm]', '.[ray]')"

@@ -200,11 +200,12 @@ def test_a_key_of_another_optimizer_is_refused(composed: Compose) -> None:
         ("optimizer.lr=fast", ["optimizer.lr=fast", "could not be converted to Float"]),
         ("hardware.precision=fp8", ["hardware.precision=fp8", "choose one of"]),
         ("optimizer=8", ["optimizer=8", "choose one of", "microadam"]),
+        ("task=mnli evaluation=gsm8k_5shot", ["evaluation of its own; leave it out"]),
     ],
 )
 def test_the_command_line_answers_a_slip_with_one_line(argument: str, words: list[str]) -> None:
     """Hydra answers some with a traceback, and those found in a job with a line before it."""
-    done = _run(argument)
+    done = _run(*argument.split())
     (message,) = done.stderr.splitlines()
     assert done.returncode == 2
     assert message.startswith("error: ")
