@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import microadam
+from microadam import ops
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,15 +35,15 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel made from the sdist, with other code beside it and no torch to import."""
+    """The wheel made from the sdist, with other code beside it and no torch to build against."""
     root = tmp_path_factory.mktemp("packaging")
     tree, poison = root / "tree", root / "poison"
     shutil.copytree(
         ROOT / "microadam", tree / "microadam", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
     for name in ("experiments/__init__.py", "tests/test_decoy.py", "benchmarks/step.py", "run.py"):
         (tree / name).parent.mkdir(exist_ok=True)
         (tree / name).touch()
@@ -63,6 +64,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         sdist.extractall(root / "unpacked")
     (unpacked,) = (root / "unpacked").iterdir()
     return zipfile.ZipFile(build("wheel", unpacked))
+
+
+def test_sdist_holds_what_the_native_step_is_built_from(wheel: zipfile.ZipFile) -> None:
+    (unpacked,) = (Path(str(wheel.filename)).parent / "unpacked").iterdir()
+    sources = {p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    assert {
+        p.relative_to(unpacked) for p in (unpacked / "csrc").rglob("*") if p.is_file()
+    } == sources
+    assert (unpacked / "setup.py").exists()
+
+
+def test_wheel_is_for_a_platform_and_every_python(wheel: zipfile.ZipFile) -> None:
+    _, _, python, abi, platform = Path(str(wheel.filename)).stem.split("-")
+    assert (python, abi) == ("py3", "none")
+    assert platform != "any"
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
@@ -271,8 +287,10 @@ def test_setup_without_ffcv_says_so_and_ends_well(set_up: SetUp) -> None:
 
 
 @pytest.mark.skipif("CI" not in os.environ, reason="only the set-up of .ci/run must have built it")
-def test_setup_has_built_ffcv() -> None:
+def test_setup_has_built_ffcv_and_the_native_step() -> None:
+    """Without it the tests of the native step would be skipped, and nobody would notice."""
     importlib.import_module("ffcv")
+    assert ops.native_kernel("cpu"), ops.why_not_native()
 
 
 def test_setup_names_a_python_that_is_too_old(set_up: SetUp) -> None:

@@ -17,7 +17,7 @@ from experiments.data.order import DataOrder
 from experiments.errors import ExperimentError
 from experiments.records import RunFolder
 from experiments.runner import execute
-from experiments.tasks.imagenet import ImageNet
+from experiments.tasks.imagenet import Batch, ImageNet
 from tests.experiments.helpers import Compose
 
 SMOKE = ("task=imagenet", "scale=smoke", "hardware=cpu")
@@ -181,3 +181,13 @@ def test_images_of_a_folder_are_counted_for_the_plan(composed: Compose, tmp_path
     assert ImageNet.num_local_examples(composed(*choice).dataset) == 2
     with pytest.raises(ExperimentError, match="images=null"):
         ImageNet.plan_batch(dataclasses.replace(composed(*choice), images=None))
+
+
+def test_label_smoothing_spreads_its_share_over_all_classes() -> None:
+    logits = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]])
+    labels, share = torch.tensor([1, 0]), 0.3
+    batch = Batch(torch.zeros(2), labels, share)
+    log_p = logits.double() - logits.double().exp().sum(dim=1, keepdim=True).log()
+    expected = -(1 - share) * log_p[[0, 1], labels].sum() - share / 3 * log_p.sum()
+    loss = ImageNet.loss_sum(lambda _: logits, batch)
+    assert loss.item() == pytest.approx(expected.item())

@@ -20,6 +20,7 @@ import torch
 
 from experiments import activations, checkpoints, hardware, status, tasks, training
 from experiments.config import RunConfig
+from experiments.data.order import DataOrder
 from experiments.errors import ExperimentError
 from experiments.records import RunFolder
 from experiments.runner import _command, _curve, execute
@@ -289,6 +290,55 @@ def test_recomputed_activations_give_the_same_training(
         execute(config)
     assert len(enabled) == 1
     assert outcome(plain) == outcome(recomputing)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_a_step_is_that_of_the_mean_loss_clipped_at_the_schedules_rate(
+    composed: Compose, schedule: str
+) -> None:
+    """Against a loop written out here, with an optimizer whose step is as long as its gradient."""
+    num_steps, num_warmup, rate, bound = 5, 2, 0.5, 0.05
+    config = composed(
+        *SHORT,
+        "optimizer=sgd",
+        "optimizer.momentum=0",
+        "optimizer.weight_decay=0",
+        f"optimizer.lr={rate}",
+        f"training.schedule={schedule}",
+        f"training.max_steps={num_steps}",
+        f"training.warmup_steps={num_warmup}",
+        f"training.max_grad_norm={bound}",
+        "training.global_batch_size=8",
+        "hardware.micro_batch_size=4",
+    )
+    execute(config)
+    logged = [m for m in RunFolder(config).metrics() if "train/loss" in m]
+    assert len(logged) == num_steps
+
+    torch.manual_seed(config.seed)
+    task = tasks.by_name("gsm8k")(config, hardware.resolve(config.hardware))
+    order = DataOrder(config.training, task.num_examples, config.seed)
+    params = list(task.model.parameters())
+    for step, metrics in enumerate(logged):
+        lr = rate * step / num_warmup
+        if step >= num_warmup:
+            done = (step - num_warmup) / (num_steps - num_warmup)
+            shares = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+            lr = rate * shares.get(schedule, 1.0)
+        batches = task.micro_batches(order[step])
+        assert len(batches) == 2
+        loss = sum(task.loss_sum(task.model, b) for b in batches) / sum(
+            b.num_targets for b in batches
+        )
+        grads = torch.autograd.grad(loss, params)
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
+        assert norm > bound
+        assert metrics["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert metrics["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert metrics["train/lr"] == pytest.approx(lr if step else 0.0)
+        with torch.no_grad():
+            for p, g in zip(params, grads, strict=True):
+                p -= lr * bound / norm * g
 
 
 def test_micro_batches_change_only_the_order_of_sums(composed: Compose) -> None:

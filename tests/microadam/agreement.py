@@ -136,4 +136,7 @@ def step_and_compare(run: Run, grads: list[Tensor]) -> None:
         tolerance += torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps
         agrees = (difference <= tolerance) | (ours == theirs) | (ours.isnan() & theirs.isnan())
         assert agrees.all(), f"parameters differ by {difference.max()}"
+        if ours.element_size() == 2:  # with other random bits many would be rounded otherwise
+            num_other = int((difference > 0).sum())
+            assert num_other <= 2 + 1e-3 * ours.numel(), f"{num_other} parameters differ"
     run.thresholds = native.thresholds

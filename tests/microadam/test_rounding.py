@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from microadam import MicroAdam, reference
-from microadam.rounding import round_to_dtype
+from microadam import MicroAdam, ops, reference
+from microadam.rounding import philox, round_to_dtype
 from tests.microadam.judge import FORMATS, to_numpy
 
 
@@ -84,6 +84,17 @@ def test_stochastic_rounding_depends_on_seed_parameter_step_and_element_only(
             assert not torch.equal(movements[i], movements[j])
 
 
+def test_random_bits_are_those_of_philox() -> None:
+    """The known answers of Random123 for Philox4x32-10; the native kernels have the same bits."""
+    answers = {
+        (0,) * 6: (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+        (0xFFFFFFFF,) * 6: (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    }
+    for (*counter, key0, key1), expected in answers.items():
+        words = philox([torch.tensor([word]) for word in counter], (key0, key1))
+        assert tuple(word.item() for word in words) == expected
+
+
 def test_stochastic_rounding_does_not_depend_on_the_blocks() -> None:
     """With every coordinate kept, blocks only say in which order the work is done."""
     start = torch.ones(1000, dtype=torch.bfloat16)
@@ -100,6 +111,7 @@ def test_stochastic_rounding_does_not_depend_on_the_pieces(monkeypatch: pytest.M
     start = torch.ones(1000, dtype=torch.bfloat16)
     gradient = torch.ones(1000, dtype=torch.bfloat16)
     whole = one_step(start, gradient, seed=1, block_size=18, bucket_size=6)
+    monkeypatch.setattr(ops, "step_", reference.step_)
     monkeypatch.setitem(reference._MAX_ELEMENTS_AT_ONCE, "cpu", 1)
     assert torch.equal(one_step(start, gradient, 1, block_size=18, bucket_size=6), whole)
 

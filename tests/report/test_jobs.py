@@ -71,7 +71,7 @@ def test_sigterm_is_passed_on(tmp_path: Path) -> None:
     """So that runs write their checkpoints, and none is left behind."""
     saves = (
         "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(75)))\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)"
     )
@@ -92,19 +92,23 @@ def test_sigterm_is_passed_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run()
     assert signal.getsignal(signal.SIGTERM) == previous
+    assert log.read_text() == "ready\nsaved\n"
 
 
 @pytest.mark.parametrize("is_running", [True, False])
 def test_sigterm_ends_all_before_a_process_handles_it(tmp_path: Path, is_running: bool) -> None:
+    long = python("import time; time.sleep(60); open('done', 'w')")
+
     def run() -> None:
         with Jobs(2, tmp_path) as jobs:
             if is_running:
-                jobs.start(["sleep", "60"])
+                jobs.start(long)
             signal.raise_signal(signal.SIGTERM)
             if is_running:
                 jobs.wait_for_one()
             else:
-                jobs.start(["sleep", "60"])
+                jobs.start(long)
 
     with pytest.raises(KeyboardInterrupt):
         run()
+    assert not (tmp_path / "done").exists()
