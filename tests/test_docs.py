@@ -104,6 +104,60 @@ CODE = "\n".join([*FENCED.findall(TEXT), *re.findall(r"`([^`\n]+)`", FENCED.sub(
 RUNS = re.findall(r"^(?:python|torchrun .+) run\.py(?!.*\.\.\.)([^#\n\\]*)", CODE, re.MULTILINE)
 
 
+def cells_of_readme(row: str) -> list[str]:
+    """Behind the first cell, which begins with ``row``, link or not."""
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        first, *others = (cell.strip() for cell in line.strip("|").split("|"))
+        if line.startswith("|") and first.lstrip("[").startswith(row):
+            return others
+    raise AssertionError(f"README has no row {row!r}")
+
+
+@pytest.mark.parametrize(
+    ("row", "model"),
+    [
+        ("one tensor of 2^24", "one-tensor"),
+        ("BERT-base", "bert-base"),
+        ("the same, with gradients of a text batch", "bert-base-mnli"),
+        ("SmolLM2-135M", "smollm2-135m"),
+        ("ResNet-50", "resnet-50"),
+    ],
+)
+def test_readme_has_the_step_times_that_were_measured(row: str, model: str) -> None:
+    measured = json.loads((ROOT / "results/benchmark_step_cpu.json").read_text())["rows"]
+    ratios = {
+        r["dtype"]: r["ratio"]
+        for r in measured
+        if r["model"] == model and r["optimizer"] == "MicroAdam"
+    }
+    assert cells_of_readme(row) == [f"{ratios[dtype]:.2f}" for dtype in ("float32", "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("row", "table", "model", "column"),
+    [
+        ("MNLI", "table1", "MiniLM-L6", "accuracy (%)"),
+        ("the same, MiniLM-L3", "table1", "MiniLM-L3", "accuracy (%)"),
+        ("GSM8K", "table2", "SmolLM2-135M", "held-out loss"),
+        ("Instructions", "table3", "SmolLM2-135M", "held-out loss"),
+        ("CIFAR-10", "table4", "ResNet-18", "accuracy (%)"),
+    ],
+)
+def test_readme_has_the_results_of_the_tables(
+    row: str, table: str, model: str, column: str
+) -> None:
+    written = json.loads((ROOT / f"results/{table}.json").read_text())
+    index = [c["label"] for c in written["columns"]].index(column)
+    texts = {
+        r["optimizer"]: r["values"][index]["text"] for r in written["rows"] if r["model"] == model
+    }
+    expected = [
+        next(text for optimizer, text in texts.items() if re.fullmatch(pattern, optimizer))
+        for pattern in ("AdamW?", "AdamW?-8bit", "MicroAdam(, m = 10)?")
+    ]
+    assert [cell.rstrip("%") for cell in cells_of_readme(row)] == expected
+
+
 def test_targets_of_make_exist() -> None:
     phony = re.search(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert phony is not None
