@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+from experiments import distributed
+
+T = TypeVar("T")
 
 _LOG_FILE_INTERVAL_S = 15.0  # between two lines where nobody watches a terminal
 
@@ -26,3 +31,13 @@ def evaluation_bar(desc: str, total: int, unit: str) -> tqdm[Any]:
     """One that leaves nothing behind on a terminal, and in a log file nothing where it is short."""
     delay_s = 0.0 if sys.stderr.isatty() else _LOG_FILE_INTERVAL_S
     return progress_bar(desc, total, unit, leave=False, delay=delay_s)
+
+
+def tokenizing(rows: Sequence[T]) -> Iterator[T]:
+    """The rows; the first process shows how far it is, where they take more than a moment."""
+    with progress_bar(
+        "tokenize", len(rows), "row", leave=False, delay=2.0, disable=distributed.rank() > 0
+    ) as bar:
+        for row in rows:
+            yield row
+            bar.update()

@@ -21,7 +21,7 @@ from experiments.data import text
 from experiments.errors import require
 from experiments.evaluation import Harness
 from experiments.hardware import Hardware
-from experiments.progress_bars import evaluation_bar
+from experiments.progress_bars import evaluation_bar, tokenizing
 from experiments.tasks import Task
 
 _IGNORED = -100
@@ -187,7 +187,10 @@ class CausalLM(Task):
         self.num_overlong_examples = len(data.rows["train"]) - len(self._train)
 
     def _encode(self, rows: Sequence[text.Row]) -> list[Example]:
-        examples = [encode(self._tokenizer, self.prompt(row), self.response(row)) for row in rows]
+        examples = [
+            encode(self._tokenizer, self.prompt(row), self.response(row))
+            for row in tokenizing(rows)
+        ]
         return [e for e in examples if len(e.tokens) <= self._config.task.max_length]
 
     def micro_batches(self, indices: Sequence[int]) -> list[Batch]:

@@ -15,7 +15,7 @@ from experiments.config import RunConfig
 from experiments.data import text
 from experiments.errors import ExperimentError
 from experiments.hardware import Hardware
-from experiments.progress_bars import evaluation_bar
+from experiments.progress_bars import evaluation_bar, tokenizing
 from experiments.tasks import Task, classification
 from experiments.tasks.classification import Batch, Example
 
@@ -66,7 +66,7 @@ class MNLI(Task):
                 row["label"],
                 self._config.task.max_length,
             )
-            for row in rows
+            for row in tokenizing(rows)
         ]
 
     def micro_batches(self, indices: Sequence[int]) -> list[Batch]:
