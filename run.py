@@ -83,7 +83,7 @@ def completed(overrides: Sequence[str]) -> list[str]:
         raise ExperimentError(f"{error.override}: cannot be read; {remedy}") from error
     values = {override.key_or_group: override.input_line for override in parsed}
     choices = groups()
-    has_images = values.get("task") is not None and all(
+    has_images = "task" in values and all(
         task == "imagenet" for o in parsed if o.key_or_group == "task" for task in _values_of(o)
     )
     for override in parsed:
@@ -254,8 +254,7 @@ if __name__ == "__main__":
         ExperimentError,
         HydraException,
         OmegaConfBaseException,
-        FileNotFoundError,  # where Hydra makes the folder of a sweep
-        NotADirectoryError,
+        NotADirectoryError,  # where Hydra makes the folder of a sweep
         PermissionError,
     ) as error:
         if wants_traceback:

@@ -123,7 +123,8 @@ class MicroAdamConfig(AdamWConfig):
 @dataclass
 class Adam8bitConfig(AdamWConfig):
     def build(self, model: Module) -> Optimizer:
-        bitsandbytes = _bitsandbytes(self.name, model)
+        bitsandbytes = _bitsandbytes(self.name)
+        _make_contiguous(model)
         return bitsandbytes.AdamW8bit(self.groups(model), **self.adam_arguments())
 
     def state_bytes(self, model: Module) -> int:
@@ -295,7 +296,8 @@ class LionConfig(OptimizerConfig):
         _require_betas(self.betas, 2)
 
     def build(self, model: Module) -> Optimizer:
-        bitsandbytes = _bitsandbytes(self.name, model)
+        bitsandbytes = _bitsandbytes(self.name)
+        _make_contiguous(model)
         return bitsandbytes.Lion(self.groups(model), lr=self.lr, betas=tuple(self.betas))
 
     def state_bytes(self, model: Module) -> int:
@@ -406,16 +408,20 @@ def _require_eps_pair(eps: list[float]) -> None:
     require(is_valid, "optimizer.eps", eps, "must be 2 numbers greater than 0")
 
 
-def _bitsandbytes(optimizer: str, model: Module) -> Any:
-    """The module, with the model as it will leave it."""
+def _bitsandbytes(optimizer: str) -> Any:
     # It warns that a kernel for inference in 4 bits, which no optimizer uses, is not installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    module = _import(optimizer, "bitsandbytes.optim", "bitsandbytes>=0.50")
-    # Its first step makes parameters contiguous, channels-last ones too, without a word. A run that
-    # goes on from a checkpoint would take a step in another format than one that was not stopped.
+    return _import(optimizer, "bitsandbytes.optim", "bitsandbytes>=0.50")
+
+
+def _make_contiguous(model: Module) -> None:
+    """What bitsandbytes does in its first step without a word, to channels-last weights too.
+
+    A run that goes on from a checkpoint would take a step in another format than one that was not
+    stopped.
+    """
     for p in _trainable(model):
         p.data = p.data.contiguous()
-    return module
 
 
 def _import(optimizer: str, module: str, requirement: str) -> Any:
