@@ -146,7 +146,8 @@ def _ratios(measured: dict[str, Any], dtype: str) -> str:
         for row in measured["rows"]
         if (row["dtype"], row["optimizer"]) == (dtype, "MicroAdam")
     ]
-    return f"{min(own):.1f}–{max(own):.1f}"  # noqa: RUF001
+    ends = [f"{ratio:.1f}" for ratio in (min(own), max(own))]
+    return "–".join(dict.fromkeys(ends))  # noqa: RUF001
 
 
 def _headline_of(table: Table) -> list[Headline]:
