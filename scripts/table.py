@@ -301,6 +301,11 @@ def arguments(given: list[str]) -> argparse.Namespace:
     return parser.parse_args(given)
 
 
+def check_launcher(name: str) -> None:
+    """Refuses here one that is not installed, instead of in every cell."""
+    compose(f"hydra/launcher={name}")
+
+
 def make_table(options: argparse.Namespace) -> None:
     definition = read(options.table)
     require_choice("SCALE", options.scale, *definition.scales)
@@ -310,8 +315,8 @@ def make_table(options: argparse.Namespace) -> None:
     print_plan(states_of(cells, found, options.fresh), found)
     if options.dry:
         return
-    if options.launcher is not None:  # one that is not installed is told here, not by every cell
-        compose(*cells[0].overrides, f"hydra/launcher={options.launcher}")
+    if options.launcher is not None:
+        check_launcher(options.launcher)
     states, failed = do_missing(cells, options)
     if all(not state.tried for state in states):
         raise ExperimentError(f"{options.table}: no run has a record, so no table was written")
