@@ -427,9 +427,10 @@ class MicroAdam(Optimizer):
                     f"a parameter group of the saved state has no {', '.join(missing)}: it was "
                     "written by another optimizer"
                 )
-            # A schedule that ends at 0 may have passed it by a rounding.
             lr = saved_group["lr"]
-            lr = abs(lr) if isinstance(lr, float | Tensor) else lr
+            rounding = 1e-6 * saved_group.get("initial_lr", 0.0)  # which every schedule sets
+            if isinstance(lr, float) and -rounding <= lr < 0:
+                lr = 0.0  # the schedule ends there, and has passed it by a rounding
             check_hyperparameters({**saved_group, "lr": lr})
             for index, p in zip(saved_group["params"], own_group["params"], strict=True):
                 if state_dict["state"].get(index):

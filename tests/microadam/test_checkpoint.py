@@ -171,6 +171,9 @@ def test_a_rate_that_a_schedule_took_below_zero_by_a_rounding_loads() -> None:
     assert -1e-15 < rate < 0
     target.load_state_dict(source.state_dict())
     assert target.param_groups[0]["lr"] == rate
+    source.param_groups[0]["lr"] = -0.01 * source.param_groups[0]["initial_lr"]
+    with pytest.raises(ValueError, match=r"lr=-\S+: must be a finite number of 0 or more"):
+        target.load_state_dict(source.state_dict())
 
 
 def test_save_hooks_see_and_change_what_is_saved() -> None:
