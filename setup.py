@@ -3,9 +3,10 @@
 Without a C++ compiler, or without torch at hand, the package is installed all the same and steps in
 plain torch. ``CXX`` names the compiler; ``MICROADAM_SANITIZE=1`` builds for ``make sanitize``.
 
-``MICROADAM_CUDA_ARCHITECTURES="8.0 9.0"`` builds the CUDA kernels, too, with the nvcc in
-``CUDA_HOME`` or on the path; ``all`` means every architecture below. They are not built unasked for
-as long as no GPU has run their tests (scripts/gpu_check.sh): until then plain torch steps on a GPU.
+Where there is a GPU, and an nvcc of torch's CUDA version in ``CUDA_HOME`` or on the path, the CUDA
+kernels are built, too, for the GPUs at hand. ``MICROADAM_CUDA_ARCHITECTURES="8.0 9.0"`` asks for
+these architectures instead, ``all`` for every one below; what is asked for and cannot be built
+fails the build.
 
 The library is built against torch's stable ABI. It depends on no Python version, and so the wheel
 is tagged for every one.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -109,9 +111,6 @@ def run(command: list[str]) -> None:
 
 
 def find_nvcc() -> str:
-    """nvcc, where it is and this torch can use what it makes."""
-    if not os.environ.get("MICROADAM_CUDA_ARCHITECTURES"):
-        raise CannotBuildError("MICROADAM_CUDA_ARCHITECTURES does not ask for them")
     if os.environ.get("MICROADAM_SANITIZE") == "1":
         raise CannotBuildError("MICROADAM_SANITIZE=1 is for the CPU")
     home = os.environ.get("CUDA_HOME")
@@ -125,20 +124,36 @@ def find_nvcc() -> str:
     return nvcc
 
 
+def output_of(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def architectures_at_hand(nvcc: str) -> list[str]:
+    """Of this machine's GPUs, where their driver is sure to take what this nvcc makes."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise CannotBuildError("there is no GPU, and MICROADAM_CUDA_ARCHITECTURES names none")
+    version = re.search(r"release (\d+)", output_of([nvcc, "--version"]))
+    if version is None or version[1] != str(torch.version.cuda).split(".")[0]:
+        raise CannotBuildError(
+            f"{nvcc} is of CUDA {version[1] if version else '(unknown)'}, torch of "
+            f"{torch.version.cuda}; to build all the same, set MICROADAM_CUDA_ARCHITECTURES=all"
+        )
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [f"{major}.{minor}" for major, minor in sorted(capabilities)]
+
+
 def cuda_architecture_flags(nvcc: str) -> list[str]:
     """Code for every architecture that is wanted and known, and PTX of the last for later ones."""
-    wanted = os.environ["MICROADAM_CUDA_ARCHITECTURES"]
-    wanted = CUDA_ARCHITECTURES if wanted == "all" else wanted
-    result = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
-    known = result.stdout.split()
-    names = [name.replace(".", "") for name in wanted.split()]
+    wanted = os.environ.get("MICROADAM_CUDA_ARCHITECTURES", "").split()
+    names = CUDA_ARCHITECTURES.split() if wanted == ["all"] else wanted
+    names = [name.replace(".", "") for name in names or architectures_at_hand(nvcc)]
+    known = output_of([nvcc, "--list-gpu-arch"]).split()
     unknown = [name for name in names if f"compute_{name}" not in known]
     names = [name for name in names if name not in unknown]
-    if not names or (unknown and os.environ["MICROADAM_CUDA_ARCHITECTURES"] != "all"):
-        raise CannotBuildError(
-            f"{nvcc} does not know the architectures {' '.join(unknown)} "
-            f"of MICROADAM_CUDA_ARCHITECTURES={wanted!r}"
-        )
+    if not names or (unknown and wanted != ["all"]):
+        raise CannotBuildError(f"{nvcc} does not know the architectures {' '.join(unknown)}")
     flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     return [*flags, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
 

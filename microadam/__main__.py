@@ -7,6 +7,8 @@ import platform
 import torch
 
 from microadam import __version__, ops
+from microadam.layout import BlockLayout
+from microadam.self_test import check_kernel
 
 
 def report() -> str:
@@ -23,6 +25,8 @@ def report() -> str:
     }
     if torch.cuda.is_available():
         lines["step on a GPU"] = _kernel("cuda")
+        if ops.native_kernel("cuda"):
+            lines["self-test"] = _self_test()
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
 
@@ -39,6 +43,18 @@ def _cuda() -> str:
 def _kernel(device_type: str) -> str:
     kernel = ops.native_kernel(device_type)
     return f"native ({kernel})" if kernel else "plain torch"
+
+
+def _self_test() -> str:
+    device = torch.device("cuda", torch.cuda.current_device())
+    layout = BlockLayout(0)  # the default geometry
+    geometry = (layout.window_size, layout.density, layout.bucket_size, layout.block_size)
+    try:
+        for dtype in ops.DTYPES:
+            check_kernel(device, dtype, dtype, geometry)
+    except RuntimeError as error:
+        return f"FAILED: {error}"
+    return "passed: the same steps as plain torch"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from microadam import distributed, ops
 from microadam.distributed import Shard
 from microadam.layout import BlockLayout, Geometry
 from microadam.reference import StepArguments
+from microadam.self_test import check_kernel
 from microadam.validation import (
     check_dtype,
     check_gradient,
@@ -225,7 +226,7 @@ class MicroAdam(Optimizer):
         cache = self._caches.get(p)
         fits = (shard.numel(), geometry, device)
         if cache is None or cache.fits != fits or "step" not in state:
-            cache = self._prepare(p, fits, state, dims)
+            cache = self._prepare(p, grad.dtype, fits, state, dims)
         if state.get("storage_order") != dims:
             raise ValueError(
                 f"parameter {ordinal} has another memory format than the one in whose order its "
@@ -292,6 +293,7 @@ class MicroAdam(Optimizer):
     def _prepare(
         self,
         p: Tensor,
+        grad_dtype: torch.dtype,
         fits: tuple[int, Geometry, torch.device],
         state: dict[str, Any],
         dims: list[int] | None,
@@ -324,6 +326,9 @@ class MicroAdam(Optimizer):
                     "taken a step; create a new optimizer"
                 )
         thresholds = torch.zeros(layout.num_blocks, dtype=torch.float32, device=p.device)
+        is_real = type(thresholds) is Tensor and not is_compiling
+        if p.is_cuda and is_real and ops.native_kernel("cuda"):
+            check_kernel(p.device, p.dtype, grad_dtype, geometry)
         self._caches[p] = _Cache(fits, thresholds)
         return self._caches[p]
 

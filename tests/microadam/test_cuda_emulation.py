@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from microadam import reference
+from microadam.self_test import check_kernel
 from tests.microadam.agreement import Hyperparameters, Run, step_and_compare
 from tests.microadam.helpers import DTYPES
 from tests.microadam.test_native import KINDS, draw
@@ -258,3 +259,63 @@ def test_nothing_is_changed_where_an_argument_is_wrong(
         run.step([draw(500, torch.float32, generator) for _ in range(2)])
     assert torch.equal(run.params[0], before.params[0])
     assert run.states[0]["step"] == 0
+
+
+# What a GPU's first step tests: here with the emulated kernel in the native one's place.
+
+check_uncached = check_kernel.__wrapped__
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [(10, 0.01, 64, 4096), (12, 0.07, 64, 4096), (2, 1.0, 128, 32768), (40, 0.001, 2, 2)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
+def test_self_test_passes(
+    geometry: tuple[int, float, int, int],
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    emulated: None,
+) -> None:
+    check_uncached(CPU, dtype, grad_dtype, geometry)
+
+
+class Broken:
+    """An operator that spoils a hundredth of one of its outputs behind a step."""
+
+    def __init__(self, step_: Any, name: str) -> None:
+        self.step_, self.name = step_, name
+
+    def default(self, *values: Any) -> None:
+        self.step_.default(*values)
+        spoiled = getattr(reference.StepArguments(*values), self.name)[0].flatten()
+        spoiled[: len(spoiled) // 100 + 1] += 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["params", "window_indices", "window_values", "error", "error_min", "error_max"],
+)
+def test_self_test_finds_a_broken_kernel(
+    name: str, emulation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.microadam, "step_", Broken(emulation, name))
+    with pytest.raises(RuntimeError, match=r"differ on cpu: \d+ of .* set MICROADAM_BACKEND=torch"):
+        check_uncached(CPU, torch.float32, torch.float32, (10, 0.01, 64, 4096))
+
+
+def test_self_test_says_what_to_do_where_the_kernel_does_not_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Failing:
+        @staticmethod
+        def default(*_: Any) -> None:
+            raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(torch.ops.microadam, "step_", Failing)
+    message = r"does not run on cpu \(no kernel image is available\): set MICROADAM_BACKEND=torch"
+    with pytest.raises(RuntimeError, match=message):
+        check_uncached(CPU, torch.float32, torch.float32, (10, 0.01, 64, 4096))

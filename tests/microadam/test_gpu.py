@@ -61,6 +61,22 @@ def test_native_kernel_runs_here() -> None:
     assert ops.native_kernel("cuda") == "CUDA", ops.why_not_native()
 
 
+def test_first_step_tests_the_kernel(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that runs and does nothing is found before it has trained anything."""
+    optimizer = new_optimizer(rng, 5000, window_size=7)  # a geometry that no other test has tested
+    before = clone_all(optimizer)
+    set_gradients(optimizer, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "step_", lambda args: None)
+        with pytest.raises(RuntimeError, match="differ on cuda:0"):
+            optimizer.step()
+    assert torch.equal(parameters_of(optimizer)[0], before[0]["parameter"])
+    optimizer.step()
+    assert not torch.equal(parameters_of(optimizer)[0], before[0]["parameter"])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "hyper",
