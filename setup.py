@@ -50,15 +50,15 @@ FLAGS = (
 )
 CUDA_SOURCES = ("cuda/kernel.cu", "cuda/step.cpp")
 CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0"
-CUDA_FLAGS = (
+CUDA_FLAGS = (  # packed.cuh needs subnormal numbers: never add -ftz=true
     "-std=c++17",
     "-O3",
     "-fmad=false",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 )
-# choose_kernel() in cpu/step.cpp asks a machine for the same. The AVX-512 kernel says itself where
-# long vectors pay: elsewhere its loops are short.
+# choose_kernel() in cpu/step.cpp asks a machine for the same. The AVX-512 kernel uses 512-bit
+# intrinsics where they pay; the loops that the compiler vectorizes are too short for 512 bits.
 AVX2_FLAGS = ("-mavx2", "-mf16c", "-mbmi", "-mpopcnt")
 AVX512_FLAGS = (
     *AVX2_FLAGS,
@@ -165,6 +165,8 @@ def build_cuda(objects: Path, torch_flags: list[str], compiler: list[str]) -> tu
         CannotBuildError: nvcc is missing or too old, torch knows no CUDA, or a command fails.
     """
     nvcc = find_nvcc()
+    if len(compiler) > 1:
+        raise CannotBuildError(f"nvcc takes no compiler of several words: CXX={compiler}")
     flags = ["-ccbin", compiler[0], *CUDA_FLAGS, *torch_flags]
     outputs = [str(objects / f"cuda_{Path(source).stem}.o") for source in CUDA_SOURCES]
     for source, output in zip(CUDA_SOURCES, outputs, strict=True):

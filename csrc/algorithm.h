@@ -22,7 +22,7 @@ namespace microadam {
 
 // An accumulator at or beyond this magnitude counts as infinite (reference.MAX_MAGNITUDE).
 constexpr float kMaxMagnitude = 0x1p120f - 0x1p111f;
-constexpr float kNumLevels = 15.0f;    // 4 bits: codes 0 to 15
+constexpr float kMaxCode = 15.0f;      // codes are 4 bits
 constexpr float kMinUnit = 0x1p-126f;  // the smallest normal number
 
 // 16-bit floats as they lie in memory.
@@ -41,10 +41,10 @@ struct UpdateFactors {
   float eps;
 };
 
-// What decides the random bits of an element.
+// What determines the random bits of an element, besides its index.
 struct RoundingKey {
   uint64_t seed;
-  uint32_t ordinal;  // position of the parameter in the optimizer
+  uint32_t ordinal;  // of the parameter, or of this shard of it
   uint32_t step;
 };
 
@@ -124,26 +124,26 @@ MICROADAM_FN Float16 round_to<Float16>(float value) {
 // Error feedback: 4-bit codes, the range of a bucket in bfloat16.
 
 MICROADAM_FN float quantization_unit(float minimum, float maximum) {
-  return (maximum - minimum) / kNumLevels;
+  return (maximum - minimum) / kMaxCode;
 }
 
 MICROADAM_FN float dequantize(uint32_t code, float minimum, float unit) {
   return static_cast<float>(code) * unit + minimum;
 }
 
-// What `quantize` multiplies by. 0, so that all codes are 0, where the unit is 0 or has no
-// reciprocal in float32.
+// What `quantize` multiplies by: 1 / unit, and 0, which makes all codes 0, where the unit is 0 or
+// subnormal, when the reciprocal may overflow.
 MICROADAM_FN float inverse_unit(float unit) { return unit >= kMinUnit ? 1.0f / unit : 0.0f; }
 
-// The code before it is rounded down and clamped.
+// The code, before rounding down and clamping.
 MICROADAM_FN float quantization_level(float residual, float minimum, float inverse) {
   return (residual - minimum) * inverse + 0.5f;
 }
 
 MICROADAM_FN uint32_t quantize(float residual, float minimum, float inverse) {
   const float level = quantization_level(residual, minimum, inverse);
-  const float positive = level > 0.0f ? level : 0.0f;  // fmaxf would be a call
-  return static_cast<uint32_t>(positive < kNumLevels ? positive : kNumLevels);  // rounds down
+  const float positive = level > 0.0f ? level : 0.0f;                       // fmaxf would be a call
+  return static_cast<uint32_t>(positive < kMaxCode ? positive : kMaxCode);  // rounds down
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -32,9 +32,9 @@ Dtype dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-// Dtype and device as torch numbers them. Tensor::scalar_type() and device() translate the numbers
-// by one call for each that they might be, and of a small parameter that takes longer than its
-// step.
+// Dtype and device as torch numbers them. Tensor::scalar_type() and device() compare the number
+// with every one that it might be, a call into torch for each, which takes longer than the step of
+// a small parameter.
 int32_t dtype_number(const Tensor& t) {
   int32_t number;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
@@ -52,15 +52,16 @@ struct DeviceNumber {
   }
 };
 
-// The tensor's memory, once it is known to hold `numel` elements of a dtype in a row.
+// The tensor's memory, after checking that it holds `numel` elements of a dtype in a row.
 template <class T>
 T* memory(const Tensor& t, const DeviceNumber& device, int32_t dtype, int64_t numel,
           const char* name) {
-  STD_TORCH_CHECK(DeviceNumber(t) == device && t.is_contiguous() && dtype_number(t) == dtype &&
-                      t.numel() == numel,
-                  name, " must be a contiguous tensor of ", numel,
-                  " elements, on the device of num_skipped_blocks and of the dtype that "
-                  "BlockLayout.state_spec gives");
+  STD_TORCH_CHECK(DeviceNumber(t) == device, name, " must be on the device of num_skipped_blocks");
+  STD_TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+  STD_TORCH_CHECK(t.numel() == numel, name, " must have ", numel, " elements, not ", t.numel());
+  STD_TORCH_CHECK(dtype_number(t) == dtype, name,
+                  " has the wrong dtype: parameters share one, so do "
+                  "gradients, and BlockLayout.state_spec gives that of the state");
   return static_cast<T*>(t.data_ptr());
 }
 
@@ -73,14 +74,14 @@ struct Gathered {
   int window_size;
 };
 
-// The parameters with all their memory, once every tensor is known to fit.
+// The parameters with all their memory, after checking that every tensor fits.
 Gathered gather_parameters(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                            const std::vector<Tensor>& steps,
                            const std::vector<Tensor>& window_indices,
                            const std::vector<Tensor>& window_values,
                            const std::vector<Tensor>& error, const std::vector<Tensor>& error_min,
                            const std::vector<Tensor>& error_max,
-                           const std::vector<Tensor>& thresholds, const Tensor& like,
+                           const std::vector<Tensor>& thresholds, const DeviceNumber& device,
                            double density, int64_t block_size, int64_t bucket_size,
                            const std::vector<int64_t>& ordinals,
                            const std::optional<Tensor>& held_state) {
@@ -103,7 +104,6 @@ Gathered gather_parameters(const std::vector<Tensor>& params, const std::vector<
   const int64_t window_size = state.window_indices[0].size(1);
   STD_TORCH_CHECK(window_size > 0, "window_indices must have at least one slot");
 
-  const DeviceNumber device(like);
   const int32_t param_dtype = dtype_number(params[0]), grad_dtype = dtype_number(grads[0]);
   const int32_t uint8 = aoti_torch_dtype_uint8(), int16 = aoti_torch_dtype_int16(),
                 int64 = aoti_torch_dtype_int64(), bfloat16 = aoti_torch_dtype_bfloat16(),

@@ -20,11 +20,12 @@ struct Parameter {
   uint8_t* error;
   BFloat16* error_min;
   BFloat16* error_max;
-  float* thresholds;    // a guess a block at the magnitude of its k-th largest accumulator
-  int32_t k;            // entries a window slot has room for: those of the longest block
+  float* thresholds;    // per block: a magnitude that a few more than k accumulators should reach
+                        // at the next step; 0 before the first
+  int32_t k;            // entries of a window slot: as many as the longest block needs
   int32_t last_k;       // entries that the last block uses
-  uint32_t ordinal;     // position in the optimizer
-  int32_t first_block;  // among the blocks of all parameters that are stepped together
+  uint32_t ordinal;     // tells the random bits of one parameter, or shard, from those of others
+  int32_t first_block;  // index among the blocks of all parameters that are stepped together
 };
 
 }  // namespace microadam

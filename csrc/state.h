@@ -7,16 +7,16 @@
 
 namespace microadam {
 
-// Lists of one tensor a parameter; shapes as in microadam/layout.py.
+// Lists of one tensor per parameter; shapes as in microadam/layout.py.
 struct State {
   std::vector<torch::stable::Tensor> steps, window_indices, window_values, error, error_min,
       error_max, thresholds;
 };
 
-// To turn Python's lists into these takes longer than the step of small parameters. So a caller may
-// do it once, with microadam::hold_state, and pass what that returns: a tensor whose memory is
-// this, and which deletes it. Tensors are held, not pointers into them: what is done to one in
-// place, a new storage included, is seen by the next step, and checked there like any other.
+// Turning Python's lists into these takes longer than the step of small parameters. So a caller may
+// do it once, with microadam::hold_state, and pass what that returns: a tensor whose memory is this
+// object and which deletes it. It holds tensors, not pointers into them: the next step sees what
+// has been done to one in place, a new storage included, and checks it like any other.
 struct HeldState {
   const HeldState* self;  // tells it from the memory of any other tensor
   State state;

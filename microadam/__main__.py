@@ -20,7 +20,7 @@ def report() -> str:
         "CPU": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()} in torch, "
         f"{torch.get_num_threads()} threads",
         "CUDA": _cuda(),
-        "native library": ops.why_not_native() or str(ops.NATIVE_LIBRARY),
+        "native library": ops.load_native_library() or str(ops.NATIVE_LIBRARY),
         "step on a CPU": _kernel("cpu"),
     }
     if torch.cuda.is_available():

@@ -39,7 +39,7 @@ class Shard:
     """The part of a parameter that one process holds."""
 
     param_shape: tuple[int, ...]
-    bounds: tuple[tuple[int, int], ...]  # first and behind the last index, in each dimension
+    bounds: tuple[tuple[int, int], ...]  # a half-open range [first, end) per dimension
 
     @classmethod
     def of(cls, p: Tensor) -> Shard:
@@ -95,7 +95,10 @@ class Shard:
         return self.bounds[0][0] * math.prod(self.param_shape[1:]) if self.bounds else 0
 
     def needs(self, saved: Shard) -> bool:
-        """Whether the state of a saved shard is used for this one; an empty one takes the step."""
+        """Whether this shard's state is made from the saved one's.
+
+        An empty shard needs any saved one, for its step count.
+        """
         pairs = zip(self.bounds, saved.bounds, strict=True)
         overlaps = all(max(a[0], b[0]) < min(a[1], b[1]) for a, b in pairs)
         return overlaps or self.numel == 0
@@ -143,7 +146,7 @@ def assemble(saved: dict[Shard, State], shard: Shard, group: Mapping[str, Any]) 
 
     Raises:
         ValueError: the shards do not cover ``shard``, have taken different numbers of steps, or
-            lie in another way than rows behind rows.
+            are not all cut along dimension 0 alone.
     """
     if shard in saved:
         return saved[shard]
@@ -168,7 +171,7 @@ def assemble(saved: dict[Shard, State], shard: Shard, group: Mapping[str, Any]) 
     if not pieces or covered != cut.layout.numel or overlap:
         raise ValueError(
             f"the saved shards {_names(saved)} do not cover {shard.name} of a parameter of shape "
-            f"{shard.param_shape} once: load them as microadam.distributed.template shows"
+            f"{shard.param_shape} exactly once: load them as microadam.distributed.template shows"
         )
     state = cut.layout.new_state(pieces[0][1]["step"].device)
     state["step"].copy_(pieces[0][1]["step"])
@@ -213,7 +216,12 @@ def template(
             for shard in saved_shards:
                 entries = entries.setdefault(shard.name, {})
             saved: Any = metadata.state_dict_metadata[key]
-            entries[entry] = torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
+            # storage_order, a list, is stored as bytes, which replace whatever stands here.
+            entries[entry] = (
+                torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
+                if hasattr(saved, "size")
+                else None
+            )
     return wanted
 
 
@@ -311,7 +319,5 @@ def _dense_slot(state: State, layout: BlockLayout, slot: int) -> Tensor:
 def _segments(dense: Tensor, layout: BlockLayout) -> Iterator[tuple[slice, Tensor, int]]:
     """Blocks of equal length: which ones, a view ``(B, L)`` of their elements, and their k."""
     for segment in layout.segments:
-        first = segment.first_block * layout.block_size
-        elements = dense[first : first + segment.num_blocks * segment.length]
-        blocks = slice(segment.first_block, segment.first_block + segment.num_blocks)
-        yield blocks, elements.view(segment.num_blocks, segment.length), segment.k
+        elements = dense[segment.elements(layout.block_size)]
+        yield segment.blocks, elements.view(segment.num_blocks, segment.length), segment.k

@@ -41,8 +41,8 @@ def enable_gradient_release(
     touch a gradient (after a ``GradScaler``'s first backward pass, whose steps are wrong already):
     accumulation over micro-batches (use a larger one with activation
     checkpointing), clipping by the global norm, ``GradScaler``, closures, DDP. FSDP2 is fine: it
-    hands over each shard's gradient when it is summed over the processes. An error in the backward
-    pass leaves the parameters before it stepped and the others not.
+    hands over each shard's gradient once it has been reduced across the processes. An error in the
+    backward pass leaves the parameters before it stepped and the others not.
 
     Args:
         model: its parameters that ``optimizer`` holds and that require a gradient now are released.

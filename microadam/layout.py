@@ -13,7 +13,7 @@ import torch
 
 MAX_BLOCK_SIZE = 32_768  # an index inside a block must fit int16
 
-# window_size, density, bucket_size and block_size: with the number of elements, all of a layout
+# (window_size, density, bucket_size, block_size): with numel it determines a layout.
 Geometry = tuple[int, float, int, int]
 
 
@@ -23,8 +23,18 @@ class Segment:
 
     first_block: int
     num_blocks: int
-    length: int  # elements a block
-    k: int  # elements kept a block
+    length: int  # elements per block
+    k: int  # elements kept per block
+
+    @property
+    def blocks(self) -> slice:
+        """Where its blocks lie among those of the parameter."""
+        return slice(self.first_block, self.first_block + self.num_blocks)
+
+    def elements(self, block_size: int) -> slice:
+        """Where its elements lie in the flattened parameter."""
+        first = self.first_block * block_size
+        return slice(first, first + self.num_blocks * self.length)
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class BlockLayout:
           ``(step - 1) % window_size``.
         - ``window_indices``, ``window_values``: the sliding window of sparse gradients. Slots of a
           block shorter than the others use only their first entries.
-        - ``error``: the 4-bit codes of the error feedback, two a byte. In byte ``j`` of a bucket
+        - ``error``: the 4-bit codes of the error feedback, two per byte. In byte ``j`` of a bucket
           the low half is code ``j``, the high half code ``j + bucket_size / 2``.
         - ``error_min``, ``error_max``: the quantization range of each bucket.
         """

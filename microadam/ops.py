@@ -44,24 +44,33 @@ _STATE_KEYS = ("step", "window_indices", "window_values", "error", "error_min", 
 _STATE_LISTS = ("steps", *_STATE_KEYS[1:], "thresholds")  # of the schema
 _state_tensors = itemgetter(*_STATE_KEYS)
 
-# A state that the user replaces, to keep it on the CPU for a while say, is let go at the next step
-# only. A larger one is not held: beside its step, turning the lists takes no time.
+# Held tensors keep their memory until the next step, even where the user has replaced the state, by
+# a copy on the CPU for example. A larger state is not held: the time that this would save is nothing
+# beside its step.
 MAX_HELD_BYTES = 1 << 28
 
 
 @cache
-def why_not_native() -> str:
-    """Loads the native library; empty, or the reason why plain torch runs every step.
-
-    ``MICROADAM_BACKEND=torch`` leaves it alone. The variable is read once, at the first step.
+def _wanted_backend() -> str:
+    """``MICROADAM_BACKEND``, read once: torch, native, or nothing for native where it is built.
 
     Raises:
-        ValueError: the variable is neither ``torch`` nor ``native``.
+        ValueError: it is something else.
     """
     wanted = os.environ.get(BACKEND_VARIABLE, "")
     if wanted not in ("", "native", "torch"):
         raise ValueError(f"{BACKEND_VARIABLE}={wanted!r}: set it to native or torch, or not at all")
-    if wanted == "torch":
+    return wanted
+
+
+@cache
+def load_native_library() -> str:
+    """Loads the native library; returns nothing, or the reason why plain torch runs every step.
+
+    Raises:
+        ValueError: ``MICROADAM_BACKEND`` is neither ``torch`` nor ``native``.
+    """
+    if _wanted_backend() == "torch":
         return f"{BACKEND_VARIABLE}=torch asks for plain torch"
     reason = "it was not built"
     if NATIVE_LIBRARY.exists():
@@ -70,18 +79,19 @@ def why_not_native() -> str:
             return ""
         except OSError as error:
             reason = f"it does not load with this torch ({error})"
-    warnings.warn(
-        f"MicroAdam's native library is not used: {reason}. Steps run in plain torch, which is "
-        "many times slower. To build it, install a C++17 compiler, then MicroAdam from its source "
-        "with pip install --no-build-isolation.",
-        stacklevel=3,
-    )
+    if not _wanted_backend():  # else the step raises
+        warnings.warn(
+            f"MicroAdam's native library is not used: {reason}. Steps run in plain torch, which is "
+            "many times slower. To build it, install a C++17 compiler, then MicroAdam from its "
+            "source with pip install --no-build-isolation.",
+            stacklevel=3,
+        )
     return reason
 
 
 def native_kernel(device_type: str) -> str:
     """The native kernel for this kind of device, such as ``"AVX-512"``; empty where none is."""
-    return "" if why_not_native() else torch.ops.microadam.native_kernel(device_type)
+    return "" if load_native_library() else torch.ops.microadam.native_kernel(device_type)
 
 
 class HeldState(NamedTuple):
@@ -157,7 +167,7 @@ def step_(args: StepArguments) -> None:
     if args.seed >= 2**63:
         args = args._replace(seed=args.seed - 2**64)  # the same bits as a signed integer
     if not torch.compiler.is_compiling():
-        # That a backward pass which has saved a parameter complains, as after any change in place.
+        # So that a backward pass which has saved a parameter raises, as after any in-place change.
         torch.autograd.graph.increment_version(args.params)
     torch.ops.microadam.step_.default(*args)  # named: torch would look for the overload every time
 
@@ -166,13 +176,13 @@ def _plain_torch_step(*values: Any) -> None:
     # The dispatcher comes here as long as it knows no native kernel for the device.
     args = StepArguments(*values)
     device_type = args.num_skipped_blocks.device.type
-    was_loaded = why_not_native.cache_info().currsize > 0
+    was_loaded = load_native_library.cache_info().currsize > 0
     if native_kernel(device_type) and not was_loaded:  # it knows one now
         torch.ops.microadam.step_.default(*args)
         return
-    if os.environ.get(BACKEND_VARIABLE) == "native":
-        reason = why_not_native() or f"it has no kernel for {device_type}"
-        raise RuntimeError(f"{BACKEND_VARIABLE}=native, but the native library is unfit: {reason}")
+    if _wanted_backend() == "native":
+        reason = load_native_library() or f"it has no kernel for {device_type}"
+        raise RuntimeError(f"{BACKEND_VARIABLE}=native, but it cannot run: {reason}")
     reference.step_(args)
 
 
@@ -196,14 +206,8 @@ def _check_arguments(*values: Any) -> None:
         scalar = getattr(args, name)
         if scalar is not None:
             _require(name, scalar, None, (torch.float32, torch.float64), device)
-    state: dict[str, Sequence[Tensor]] = {
-        "step": args.steps,
-        "window_indices": args.window_indices,
-        "window_values": args.window_values,
-        "error": args.error,
-        "error_min": args.error_min,
-        "error_max": args.error_max,
-    }
+    # By the state's keys, which leaves out thresholds, the last of the lists.
+    state = {key: getattr(args, name) for key, name in zip(_STATE_KEYS, _STATE_LISTS, strict=False)}
     others = {"grads": args.grads, "thresholds": args.thresholds, "ordinals": args.ordinals}
     for name, entries in (state | others).items():
         if len(entries) != len(args.params):
@@ -251,10 +255,11 @@ def _require(
         )
 
 
-# Not as a torch.library.custom_op, which counts a version of every state tensor, one by one in
-# Python: that took longer than the step of a small parameter.
+# Not a torch.library.custom_op: that bumps the version counter of every state tensor, one by one in
+# Python, which took longer than the step of a small parameter.
 torch.library.define("microadam::step_", _SCHEMA, tags=torch.Tag.pt2_compliant_tag)
 torch.library.impl("microadam::step_", "CompositeExplicitAutograd", _plain_torch_step)
 torch.library.register_fake("microadam::step_", _check_arguments)
-# Nothing is differentiated: what torch does there for want of this would look at every tensor.
+# The step is not differentiable. Without this, torch's default autograd kernel would inspect every
+# tensor.
 torch.library.impl("microadam::step_", "Autograd", torch.library.fallthrough_kernel)

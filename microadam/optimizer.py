@@ -22,7 +22,7 @@ from microadam.validation import (
     check_state,
 )
 
-# What is no tensor and no pair, and the Python type that the step computes with.
+# The scalar hyperparameters, and the Python type that each is converted to.
 _NUMBERS: dict[str, Callable[[Any], Any]] = {
     "eps": float,
     "weight_decay": float,
@@ -58,7 +58,7 @@ class MicroAdam(Optimizer):
             it makes the update dense, for training from scratch: an option of the authors' code,
             not of the paper.
         window_size: sparse gradients kept (paper: m).
-        density: share of every block kept a step (paper: k/d).
+        density: share of every block that is kept per step (paper: k/d).
         bucket_size: elements that share one range of the 4-bit error feedback; even.
         block_size: elements among which the largest are chosen; a multiple of ``bucket_size``, at
             most 32,768.
@@ -117,7 +117,9 @@ class MicroAdam(Optimizer):
         }
         self._num_skipped_blocks: dict[torch.device, Tensor] = {}
         self._caches: dict[Tensor, _Cache] = {}  # not saved
-        self._held_states: list[ops.HeldState | None] = []  # a call of the last step; not saved
+        self._held_states: list[
+            ops.HeldState | None
+        ] = []  # one per call of the last step; not saved
         super().__init__(params, defaults)
         if unscales:  # GradScaler hands its scale and its finding to `step` as attributes
             self._step_supports_amp_scaling = True
@@ -135,7 +137,7 @@ class MicroAdam(Optimizer):
             check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for name, kind in _NUMBERS.items():  # of NumPy, say, which compute otherwise
+        for name, kind in _NUMBERS.items():  # NumPy's scalars would promote differently
             group[name] = kind(group[name])
         group["betas"] = tuple(map(float, group["betas"]))
         if not isinstance(group["lr"], Tensor):
@@ -193,7 +195,8 @@ class MicroAdam(Optimizer):
         if len(self._caches) > num_cached:  # of parameters that were taken out of their group
             present = self._parameters()
             self._caches = {p: self._caches[p] for p in present if p in self._caches}
-        # What a call holds is tried at the next step by the call in its place, and else let go.
+        # Each call offers what it holds to the call in the same place of the next step, which drops
+        # it where the tensors are others.
         held_states, self._held_states = iter(self._held_states), []
         for group, batch in calls:
             self._held_states.append(self._step_batch(group, batch, next(held_states, None)))
@@ -224,13 +227,13 @@ class MicroAdam(Optimizer):
             values = shard.contiguous()  # a copy only where it has gaps
         state = self.state[p]
         cache = self._caches.get(p)
-        fits = (shard.numel(), geometry, device)
-        if cache is None or cache.fits != fits or "step" not in state:
-            cache = self._prepare(p, grad.dtype, fits, state, dims)
+        made_for = (shard.numel(), geometry, device)
+        if cache is None or cache.made_for != made_for or "step" not in state:
+            cache = self._prepare(p, grad.dtype, made_for, state, dims)
         if state.get("storage_order") != dims:
             raise ValueError(
-                f"parameter {ordinal} has another memory format than the one in whose order its "
-                "state lies: choose formats before the first step, load state of the same format, "
+                f"parameter {ordinal} has another memory format than when its state was created: "
+                "set the format before the first step, load state that was saved in this format, "
                 "or create a new optimizer"
             )
         return ordinal, p, shard, values, gradient.contiguous(), state, cache.thresholds
@@ -280,7 +283,10 @@ class MicroAdam(Optimizer):
         return held
 
     def _rounding_ordinals(self, params: Sequence[Tensor], ordinals: Sequence[int]) -> list[int]:
-        """What names each parameter's random bits: another number for every shard of it."""
+        """The numbers that select each parameter's random bits.
+
+        Shards of a parameter get different ones, up to collisions of a hash; replicas share one.
+        """
         num_params = sum(len(group["params"]) for group in self.param_groups)
         names = []
         for p, ordinal in zip(params, ordinals, strict=True):
@@ -294,12 +300,12 @@ class MicroAdam(Optimizer):
         self,
         p: Tensor,
         grad_dtype: torch.dtype,
-        fits: tuple[int, Geometry, torch.device],
+        made_for: tuple[int, Geometry, torch.device],
         state: dict[str, Any],
         dims: list[int] | None,
     ) -> _Cache:
-        """Creates the state that is not there, or checks that it fits; once a layout."""
-        numel, geometry, _ = fits
+        """Creates the state, or checks that it fits; once for each layout of the parameter."""
+        numel, geometry, _ = made_for
         layout = BlockLayout.of(numel, *geometry)
         is_compiling = torch.compiler.is_compiling()
         if p.is_cuda and not is_compiling and torch.cuda.is_current_stream_capturing():
@@ -329,7 +335,7 @@ class MicroAdam(Optimizer):
         is_real = type(thresholds) is Tensor and not is_compiling
         if p.is_cuda and is_real and ops.native_kernel("cuda"):
             check_kernel(p.device, p.dtype, grad_dtype, geometry)
-        self._caches[p] = _Cache(fits, thresholds)
+        self._caches[p] = _Cache(made_for, thresholds)
         return self._caches[p]
 
     def _skipped_blocks_on(self, device: torch.device) -> Tensor:
@@ -457,20 +463,20 @@ class MicroAdam(Optimizer):
 class _Cache(NamedTuple):
     """What a parameter needs beside its state, and can make again."""
 
-    fits: tuple[int, Geometry, torch.device]  # elements, geometry and device its state is made for
+    made_for: tuple[int, Geometry, torch.device]  # elements, geometry and device of its state
     thresholds: Tensor  # of the native kernels: see StepArguments
 
 
 # A parameter that takes part in a step: its position in the optimizer; itself; this process's shard
 # of it, the dimensions as they lie in memory; that and the gradient as contiguous tensors; state;
-# thresholds. A plain tuple: to make a named one takes a third as long as what is in it.
+# thresholds. A plain tuple: making a NamedTuple would add a third to the cost of what goes into it.
 _Item = tuple[int, Tensor, Tensor, Tensor, Tensor, dict[str, Any], Tensor]
 
 
 def _storage_order(t: Tensor) -> list[int] | None:
     """The dimensions from the outermost to the innermost, those of size 1 first.
 
-    None where they lie in their own order, as nearly always.
+    None if that is 0, 1, 2, ..., as it nearly always is.
     """
     sizes, strides = t.shape, t.stride()
     dims = sorted(range(t.dim()), key=lambda d: (sizes[d] > 1, -strides[d]))

@@ -1,4 +1,4 @@
-"""Algorithm 1 of the paper in plain torch, one function a line; runs on any device.
+"""Algorithm 1 of the paper in plain torch, one function per line of it; runs on any device.
 
 This is the definition that the native kernels are compared with, and the fallback where they are
 not built. All arithmetic is float32. Blocks of equal length are the rows of a matrix: ``B`` is the
@@ -22,12 +22,12 @@ from microadam.rounding import round_to_dtype
 # bound lies halfway between two bfloat16 numbers, so that what is stored rounds to below it too.
 MAX_MAGNITUDE = 2.0**120 - 2.0**111
 
-NUM_LEVELS = 15  # 4 bits: codes 0 to 15
+MAX_CODE = 15  # codes are 4 bits
 MIN_UNIT = torch.finfo(torch.float32).tiny  # of the codes; below it they are all 0
 
-# Temporaries are float32 matrices of the blocks at hand. Taking a large parameter in pieces keeps
-# them in cache on a CPU and bounds the memory that a step needs beside the state: 33 bytes an
-# element at once, 0.5 GiB on a GPU.
+# Temporaries are float32 matrices of the blocks at hand. Stepping a large parameter in pieces keeps
+# them in cache on a CPU, and bounds the memory that a step needs beside the state: 29 to 37 bytes
+# per element of a piece, 50 with stochastic rounding, which is 0.8 GiB on a GPU.
 _MAX_ELEMENTS_AT_ONCE = {"cpu": 1 << 18}
 _MAX_ELEMENTS_AT_ONCE_ELSEWHERE = 1 << 24
 
@@ -35,12 +35,12 @@ _MAX_ELEMENTS_AT_ONCE_ELSEWHERE = 1 << 24
 def quantization_unit(minimum: Tensor, maximum: Tensor) -> Tensor:
     """The distance of two codes, float32 in the shape of the arguments."""
     # A tensor: divided by a number, torch on a GPU multiplies by the rounded reciprocal instead.
-    num_levels = torch.full((), NUM_LEVELS, dtype=torch.float32, device=minimum.device)
-    return (maximum.float() - minimum.float()) / num_levels
+    max_code = torch.full((), MAX_CODE, dtype=torch.float32, device=minimum.device)
+    return (maximum.float() - minimum.float()) / max_code
 
 
 def inverse_unit(unit: Tensor) -> Tensor:
-    """``1 / unit``, and 0 where the unit is 0 or so small that float32 has no reciprocal of it."""
+    """``1 / unit``, and 0 where the unit is 0 or subnormal, when the reciprocal may overflow."""
     return torch.where(unit >= MIN_UNIT, unit.reciprocal(), 0.0)
 
 
@@ -70,7 +70,7 @@ def quantize(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low = minimum.float().unsqueeze(1)
     unit = quantization_unit(minimum, maximum).unsqueeze(1)
     level = ((residual - low) * inverse_unit(unit) + 0.5).floor()
-    codes = level.clamp(0, NUM_LEVELS).to(torch.uint8)
+    codes = level.clamp(0, MAX_CODE).to(torch.uint8)
     first_half, second_half = codes.chunk(2, dim=1)
     return first_half | (second_half << 4), minimum, maximum
 
@@ -238,14 +238,14 @@ def _step_param(
     buckets = error.view(-1, layout.bucket_size // 2)
     for segment in layout.segments:
         for piece in _pieces(segment, max(1, at_once // segment.length)):
-            first = piece.first_block * layout.block_size
-            elements = slice(first, first + piece.num_blocks * piece.length)
-            blocks = slice(piece.first_block, piece.first_block + piece.num_blocks)
-            in_buckets = slice(first // layout.bucket_size, -(-elements.stop // layout.bucket_size))
+            blocks, elements = piece.blocks, piece.elements(layout.block_size)
+            in_buckets = slice(
+                elements.start // layout.bucket_size, -(-elements.stop // layout.bucket_size)
+            )
             num_skipped_blocks += _step_blocks(
                 param[elements].view(piece.num_blocks, piece.length),
                 grad[elements].view(piece.num_blocks, piece.length),
-                first,
+                elements.start,
                 step,
                 window_indices[blocks, :, : piece.k],
                 window_values[blocks, :, : piece.k],
@@ -285,8 +285,9 @@ class StepArguments(NamedTuple):
         lr_tensor: scalar learning rate; replaces ``lr`` where given.
         grad_scale: scalar that the gradients were multiplied by (``GradScaler``); None for 1.
         found_inf: scalar; where it is not 0 nothing at all is changed.
-        ordinals: the position of each parameter in the optimizer; with ``seed``, the step and the
-            element's index it decides the random bits of stochastic rounding.
+        ordinals: a number for each parameter, or each shard of one, of which the low 32 bits count.
+            With ``seed``, the step and the element's index it determines the random bits of
+            stochastic rounding.
         others: as `microadam.MicroAdam` takes them.
         held_state: the state and the thresholds as `microadam.ops.HeldState` keeps them for the
             native library; their lists are empty then.

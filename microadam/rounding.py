@@ -15,7 +15,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_BITS_PER_CALL = 8  # 4 words of 32 bits serve 8 elements with 16 bits each
+_ELEMENTS_PER_CALL = 8  # 4 words of 32 bits, 16 bits for each element
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,8 +44,8 @@ def random_bits(
     Element ``i`` takes half a word of the call with counter ``(i // 8, ordinal, step)`` and the
     seed as key: bits ``16 * (i % 2)`` upwards of word ``(i % 8) // 2``.
     """
-    first_call = first_element // _BITS_PER_CALL
-    last_call = (first_element + numel - 1) // _BITS_PER_CALL
+    first_call = first_element // _ELEMENTS_PER_CALL
+    last_call = (first_element + numel - 1) // _ELEMENTS_PER_CALL
     call = torch.arange(first_call, last_call + 1, device=device)
     counter = [
         call & _MASK,
@@ -55,7 +55,7 @@ def random_bits(
     ]
     words = torch.stack(philox(counter, (seed & _MASK, (seed >> 32) & _MASK)), dim=1)
     bits = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()
-    skipped = first_element - first_call * _BITS_PER_CALL
+    skipped = first_element - first_call * _ELEMENTS_PER_CALL
     return bits[skipped : skipped + numel]
 
 

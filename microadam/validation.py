@@ -17,7 +17,11 @@ MIN_EPS = torch.finfo(torch.float32).tiny
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:
-    """What a group may hold."""
+    """Checks the parameters of a group.
+
+    Raises:
+        ValueError: one appears twice, or has a dtype that is not supported.
+    """
     if len(set(params)) < len(params):  # the base class only warns
         raise ValueError(
             "a parameter appears twice in the group, and would be stepped twice at once: pass "
@@ -28,6 +32,11 @@ def check_parameters(params: Sequence[Tensor]) -> None:
 
 
 def check_dtype(p: Tensor, name: str) -> None:
+    """Checks that a parameter is float32, bfloat16 or float16; ``name`` stands in the message.
+
+    Raises:
+        ValueError: it is not.
+    """
     if p.dtype not in DTYPES:
         remedy = (
             "pass its torch.view_as_real" if p.is_complex() else "convert it, as model.float() does"
@@ -38,6 +47,11 @@ def check_dtype(p: Tensor, name: str) -> None:
 
 
 def check_gradient(grad: Tensor, ordinal: int) -> None:
+    """Checks the gradient of the optimizer's parameter number ``ordinal``.
+
+    Raises:
+        RuntimeError: it is sparse, complex or of an integer dtype.
+    """
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"the gradient of parameter {ordinal} is sparse ({grad.layout}); MicroAdam needs dense "
@@ -51,6 +65,11 @@ def check_gradient(grad: Tensor, ordinal: int) -> None:
 
 
 def check_state(saved: dict[str, Any], layout: BlockLayout, index: int) -> None:
+    """Checks that the saved state of parameter ``index`` is undamaged and fits ``layout``.
+
+    Raises:
+        ValueError: an entry is missing, has another shape or dtype, or a value out of range.
+    """
     if saved.keys() - {"storage_order"} != layout.state_spec.keys():
         raise ValueError(
             f"the saved state of parameter {index} has the entries {sorted(saved)}, MicroAdam "
@@ -70,15 +89,14 @@ def check_state(saved: dict[str, Any], layout: BlockLayout, index: int) -> None:
             )
     # An index out of its block would let a native kernel write outside the parameter.
     for segment in layout.segments:
-        blocks = slice(segment.first_block, segment.first_block + segment.num_blocks)
-        lowest, highest = saved["window_indices"][blocks, :, : segment.k].aminmax()
+        lowest, highest = saved["window_indices"][segment.blocks, :, : segment.k].aminmax()
         if lowest < 0 or highest >= segment.length:
             raise ValueError(
                 f"window_indices of parameter {index} in the saved state reach from {int(lowest)} "
                 f"to {int(highest)} in a block of {segment.length}: the file is damaged; load an "
                 "older checkpoint"
             )
-    # One that is not finite would become a parameter, or stop its block for good.
+    # A value that is not finite would reach the parameters, or make its block be skipped forever.
     for name in ("window_values", "error_min", "error_max"):
         if not saved[name].isfinite().all():
             raise ValueError(
@@ -97,6 +115,12 @@ def _is_int(value: object) -> bool:
 
 
 def check_hyperparameters(group: dict[str, Any]) -> None:
+    """Checks every hyperparameter of a parameter group.
+
+    Raises:
+        ValueError: one is out of its range; names it, its value and what it must be.
+    """
+
     def require(is_valid: bool, name: str, remedy: str) -> None:
         if not is_valid:
             raise ValueError(f"{name}={group[name]!r}: {remedy}")
@@ -125,7 +149,9 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
         "must be two numbers of at least 0 and less than 1",
     )
     require_number(
-        "eps", MIN_EPS, f"must be a finite number of {MIN_EPS} or more, not 0 in float32"
+        "eps",
+        MIN_EPS,
+        f"must be finite and at least {MIN_EPS:.3g}, the smallest normal float32 number",
     )
     require_number("weight_decay", 0, "must be a finite number of 0 or more")
     alpha = group["alpha"]

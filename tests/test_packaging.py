@@ -290,7 +290,7 @@ def test_setup_without_ffcv_says_so_and_ends_well(set_up: SetUp) -> None:
 def test_setup_has_built_ffcv_and_the_native_step() -> None:
     """Without it the tests of the native step would be skipped, and nobody would notice."""
     importlib.import_module("ffcv")
-    assert ops.native_kernel("cpu"), ops.why_not_native()
+    assert ops.native_kernel("cpu"), ops.load_native_library()
 
 
 def test_setup_names_a_python_that_is_too_old(set_up: SetUp) -> None:

@@ -27,8 +27,8 @@ void accumulate_bucket(const Grad* grad, const uint8_t* codes, float minimum, fl
   }
 }
 
-// A bit for each of at most 64 values: whether its magnitude reaches the threshold, or is NaN.
-// There is room for 64 of them.
+// A bit for each of at most 64 values: whether its magnitude reaches the threshold, or is NaN. All
+// 64 are read, however few count.
 inline uint64_t marks_of(const float* values, int length, float threshold) {
 #if defined(__AVX512VBMI2__)
   const __m512 limit = _mm512_set1_ps(threshold);
@@ -170,7 +170,8 @@ int accumulate_buckets(const Grad* grad, const uint8_t* codes, int num_buckets, 
 #endif
 
 // Fills scratch.accumulator, and scratch.candidates with the elements that reach the block's
-// threshold, ascending; returns how many. Where there is no threshold, which 0 says, few reach it.
+// threshold, ascending; returns how many. A threshold of 0 means that there is none yet: infinity,
+// which only Inf and NaN reach, leaves it to the selection to search the whole block.
 template <class Grad, class Prefetcher>
 int accumulate(const Settings& s, const Block& block, Scratch& scratch, Prefetcher& prefetcher) {
   const Grad* grad = static_cast<const Grad*>(block.grad);

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kLine = 64;  // bytes of a cache line
 
-// For what a loop does to eight or 64 elements: a call would empty the vector registers.
+// For the bodies of hot loops: a real call would spill the vector registers.
 #define MICROADAM_INLINE inline __attribute__((always_inline))
 
 // A vector of the compiler's own kind: what it does stays plain C++ on every machine.
@@ -36,9 +36,9 @@ class Buffer {
   T* data_;
 };
 
-// Loops over buckets work on whole ones of this size, the default...
-constexpr int kVectorBucket = 64;
-// ... and on several at once, be they there or not.
+constexpr int kVectorBucket = 64;  // the default bucket size, which vector code is written for
+// Vector loops take up to this many buckets at once and may run past the last one of a block: the
+// working memory leaves room for that.
 constexpr int kSpareBuckets = 16;
 
 // A thread's working memory.
@@ -47,8 +47,8 @@ struct Scratch {
       : accumulator(s.block_size + kSpareBuckets * kVectorBucket),
         bucket_min(s.block_size / s.bucket_size + kSpareBuckets),
         bucket_unit(s.block_size / s.bucket_size + kSpareBuckets),
-        candidates(s.block_size + 16),
-        magnitudes(s.block_size + 32),
+        candidates(s.block_size + 16),  // append_marked stores 16 at a time
+        magnitudes(s.block_size),
         weights1(static_cast<size_t>(max_k) * s.window_size),
         weights2(static_cast<size_t>(max_k) * s.window_size),
         terms(2 * static_cast<size_t>(max_k) * s.window_size),
@@ -86,7 +86,7 @@ struct Block {
 
 inline size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-inline Block block_of(const Settings& s, const Stepped& p, int64_t index) {
+inline Block block_of(const Settings& s, const ParameterStep& p, int64_t index) {
   const bool is_last = index == p.num_blocks - 1;
   const int64_t element = index * s.block_size;
   const int64_t bucket = element / s.bucket_size;

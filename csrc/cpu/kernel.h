@@ -1,7 +1,7 @@
 // One step of a range of blocks. Compiled once for every instruction set; kernel_*.cpp include it.
 //
-// Everything of a block is done while its 4,096 elements are in cache, and the next block's
-// gradient and parameters are fetched meanwhile.
+// All work on a block is done while its 4,096 elements are in cache; meanwhile the next block's
+// gradient and parameters are fetched.
 #pragma once
 
 #include "accumulate.h"
@@ -13,9 +13,10 @@
 namespace microadam::cpu {
 namespace {
 
-// Whether the gradient is probably 0 in whole rows, as an embedding's. Three elements tell.
+// Whether the gradient is probably 0 in whole rows, as an embedding's is: sampled at three
+// elements.
 template <class Grad>
-bool is_sparse(const Block& block) {
+bool has_zero_rows(const Block& block) {
   const Grad* grad = static_cast<const Grad*>(block.grad);
   return to_float(grad[0]) == 0.0f || to_float(grad[block.length / 2]) == 0.0f ||
          to_float(grad[block.length - 1]) == 0.0f;
@@ -23,13 +24,14 @@ bool is_sparse(const Block& block) {
 
 // Returns whether the block was stepped: not if its accumulator holds a NaN or an infinity.
 template <class Param, class Grad>
-bool step_block(const Settings& s, const Stepped& p, const Block& block, const Block& next,
+bool step_block(const Settings& s, const ParameterStep& p, const Block& block, const Block& next,
                 Scratch& scratch) {
   Prefetcher<Param, Grad> prefetcher(next);
   const int num_candidates = accumulate<Grad>(s, block, scratch, prefetcher);
   int16_t* selected = block.window_indices + block.newest_slot * block.slot_stride;
   BFloat16* selected_values = block.window_values + block.newest_slot * block.slot_stride;
-  if (!select_top_k(block, num_candidates, is_sparse<Grad>(block), scratch, selected)) return false;
+  if (!select_top_k(block, num_candidates, has_zero_rows<Grad>(block), scratch, selected))
+    return false;
   float* values = scratch.terms;
   for (int i = 0; i < block.k; ++i) {
     float& value = scratch.accumulator[selected[i]];
@@ -49,10 +51,10 @@ bool step_block(const Settings& s, const Stepped& p, const Block& block, const B
 }
 
 template <class Param, class Grad>
-int64_t step_blocks(const Settings& s, const std::vector<Stepped>& parameters, int64_t begin,
+int64_t step_blocks(const Settings& s, const std::vector<ParameterStep>& parameters, int64_t begin,
                     int64_t end) {
   int max_k = 0;
-  for (const Stepped& p : parameters) max_k = std::max(max_k, p.k);
+  for (const ParameterStep& p : parameters) max_k = std::max(max_k, p.k);
   Scratch scratch(s, max_k);
 
   size_t i = 0;
@@ -61,7 +63,7 @@ int64_t step_blocks(const Settings& s, const std::vector<Stepped>& parameters, i
   Block block = block_of(s, parameters[i], begin - parameters[i].first_block);
   fill_weights(s, block, scratch);
   for (int64_t b = begin; b < end; ++b) {
-    const Stepped& p = parameters[i];
+    const ParameterStep& p = parameters[i];
     Block next = block;
     if (b + 1 < end) {
       while (parameters[i].first_block + parameters[i].num_blocks <= b + 1) ++i;
@@ -75,7 +77,7 @@ int64_t step_blocks(const Settings& s, const std::vector<Stepped>& parameters, i
 }
 
 template <class Param>
-int64_t step_blocks(const Settings& s, const std::vector<Stepped>& parameters, int64_t begin,
+int64_t step_blocks(const Settings& s, const std::vector<ParameterStep>& parameters, int64_t begin,
                     int64_t end) {
   switch (s.grad_dtype) {
     case Dtype::kBFloat16:
@@ -87,8 +89,8 @@ int64_t step_blocks(const Settings& s, const std::vector<Stepped>& parameters, i
   }
 }
 
-inline int64_t step_blocks(const Settings& s, const std::vector<Stepped>& parameters, int64_t begin,
-                           int64_t end) {
+inline int64_t step_blocks(const Settings& s, const std::vector<ParameterStep>& parameters,
+                           int64_t begin, int64_t end) {
   switch (s.param_dtype) {
     case Dtype::kBFloat16:
       return step_blocks<BFloat16>(s, parameters, begin, end);

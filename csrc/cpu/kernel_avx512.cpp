@@ -1,6 +1,6 @@
 // The kernel for x86 with AVX-512 as Ice Lake and Zen 4 brought it (VBMI2 included).
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 takes the vectors that its own header leaves undefined on purpose for mistakes.
+// GCC 12 warns of vectors that its own header leaves uninitialized on purpose.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -8,8 +8,8 @@
 
 namespace microadam::cpu {
 
-int64_t step_blocks_avx512(const Settings& s, const std::vector<Stepped>& parameters, int64_t begin,
-                           int64_t end) {
+int64_t step_blocks_avx512(const Settings& s, const std::vector<ParameterStep>& parameters,
+                           int64_t begin, int64_t end) {
   return step_blocks(s, parameters, begin, end);
 }
 

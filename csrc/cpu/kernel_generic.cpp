@@ -3,7 +3,7 @@
 
 namespace microadam::cpu {
 
-int64_t step_blocks_generic(const Settings& s, const std::vector<Stepped>& parameters,
+int64_t step_blocks_generic(const Settings& s, const std::vector<ParameterStep>& parameters,
                             int64_t begin, int64_t end) {
   return step_blocks(s, parameters, begin, end);
 }

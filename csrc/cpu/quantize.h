@@ -142,7 +142,7 @@ inline void find_ranges(const float* residual, float kept_share, BFloat16* minim
   const Floats high = bfloat16_floats(reduce_each(highest, kLarger));
   store_bfloat16(minimum, low * kept_share);
   store_bfloat16(maximum, high * kept_share);
-  const Floats unit = (high - low) / kNumLevels;
+  const Floats unit = (high - low) / kMaxCode;
   const Floats inverse = unit >= kMinUnit ? 1.0f / unit : Floats{};
   memcpy(lows, &low, sizeof(low));
   memcpy(inverses, &inverse, sizeof(inverse));

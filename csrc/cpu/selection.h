@@ -50,19 +50,20 @@ inline int32_t find_bound(const int32_t* values, int count, int rank, int slack,
 // Writes the indices of the k largest magnitudes, ascending, and guesses the next step's threshold.
 // `count` elements reached this one's. Returns false, and writes nothing, where a magnitude is too
 // large or NaN.
-inline bool select_top_k(const Block& block, int count, bool is_sparse, Scratch& scratch,
+inline bool select_top_k(const Block& block, int count, bool has_zero_rows, Scratch& scratch,
                          int16_t* selected) {
   const int32_t too_large = static_cast<int32_t>(bits_of(kMaxMagnitude));
   const int k = block.k;
   // More candidates than needed make the next step's guess safe, too many make it slow. Where the
   // gradient is 0, the next step chooses among what this one leaves over.
   const int num_spare = 3 * static_cast<int>(sqrtf(float(k))) + 1;
-  const int num_wanted = std::min(block.length, (is_sparse ? 2 * k : k) + num_spare);
+  const int num_wanted = std::min(block.length, (has_zero_rows ? 2 * k : k) + num_spare);
   const float* accumulator = scratch.accumulator;
   float edge = *block.threshold;  // all candidates reach it
   int32_t largest = 0;
   if (count < k || count > 2 * num_wanted) {
-    // So many groups have a candidate, and most of them have one only.
+    // Bisect over the largest of every eight: few groups hold two of the k largest, so a bound that
+    // about k of these maxima reach is close to the k-th magnitude.
     int32_t* maxima = scratch.magnitudes;
     int num_maxima = find_group_maxima(accumulator, block.length, maxima);
     if (num_maxima < 2 * k) {
@@ -74,11 +75,15 @@ inline bool select_top_k(const Block& block, int count, bool is_sparse, Scratch&
     if (largest >= too_large) return false;
     edge = float_of(std::max(find_bound(maxima, num_maxima, k, k / 4, 0, largest), 1));
     count = largest == 0 ? 0 : append_candidates(0, block.length, edge, scratch, 0);
-    if (count <
-        k) {  // the first zeros join them, as in the rows of an embedding that no token used
-      for (int i = 0, num_zeros = k - count, num_selected = 0; num_selected < k; ++i) {
+    if (count < k) {
+      // Fewer than k elements are not 0, as in the rows of an embedding that no token used: the
+      // first zeros complete the selection.
+      int num_zeros_to_take = k - count;
+      for (int i = 0, num_selected = 0; num_selected < k; ++i) {
+        const bool is_zero = accumulator[i] == 0.0f;
         selected[num_selected] = static_cast<int16_t>(i);
-        num_selected += accumulator[i] != 0.0f || num_zeros-- > 0;
+        num_selected += !is_zero || num_zeros_to_take > 0;
+        num_zeros_to_take -= is_zero;
       }
       *block.threshold = 0.0f;
       return true;
@@ -91,17 +96,17 @@ inline bool select_top_k(const Block& block, int count, bool is_sparse, Scratch&
   for (int i = 0; i < count; ++i) largest = std::max(largest, magnitudes[i]);
   if (largest >= too_large) return false;
 
-  // The k-th magnitude, or as good as that: a bound that k magnitudes reach.
+  // A bound that exactly k magnitudes reach; where ties allow none, the k-th magnitude itself.
   const int32_t kth =
       find_bound(magnitudes, count, k, 0, static_cast<int32_t>(bits_of(edge)), largest);
   // The wanted number would reach a threshold on the line through the two that are known.
   const float slope = (float_of(kth) - edge) / static_cast<float>(count - k + 1);
   *block.threshold = std::max(0.5f * edge, edge + slope * static_cast<float>(count - num_wanted));
 
-  // Of those equal to the k-th, the first ones are taken: nearly always all of them.
-  int num_equal = k, num_reaching = 0;
+  // Of those that equal the k-th, the first ones are taken, which nearly always are all of them.
+  int num_ties_to_take = k, num_reaching = 0;
   for (int i = 0; i < count; ++i) {
-    num_equal -= magnitudes[i] > kth;
+    num_ties_to_take -= magnitudes[i] > kth;
     num_reaching += magnitudes[i] >= kth;
   }
   if (num_reaching == k) {
@@ -114,8 +119,8 @@ inline bool select_top_k(const Block& block, int count, bool is_sparse, Scratch&
   for (int i = 0, num_selected = 0; num_selected < k; ++i) {
     const int is_equal = magnitudes[i] == kth;
     selected[num_selected] = static_cast<int16_t>(scratch.candidates[i]);
-    num_selected += (magnitudes[i] > kth) | (is_equal & (num_equal > 0));
-    num_equal -= is_equal;
+    num_selected += (magnitudes[i] > kth) | (is_equal & (num_ties_to_take > 0));
+    num_ties_to_take -= is_equal;
   }
   return true;
 }

@@ -36,7 +36,7 @@ struct Kernel {
   StepBlocks step_blocks;
 };
 
-// The fastest that this machine can run and that torch's variable for its own kernels allows.
+// The fastest kernel that this machine can run and that torch's own variable allows.
 Kernel choose_kernel() {
 #if defined(__x86_64__)
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
@@ -70,11 +70,11 @@ void step_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
               const std::vector<int64_t>& ordinals, const std::optional<Tensor>& held_state) {
   if (found_inf && scalar_value(*found_inf, "found_inf") != 0) return;
   if (params.empty()) return;
-  const Tensor& like = num_skipped_blocks;
-  STD_TORCH_CHECK(like.is_cpu(), "num_skipped_blocks must be on the CPU");
+  STD_TORCH_CHECK(num_skipped_blocks.is_cpu(), "num_skipped_blocks must be on the CPU");
+  const DeviceNumber device(num_skipped_blocks);
   const auto [gathered, window_size] = gather_parameters(
       params, grads, steps, window_indices, window_values, error, error_min, error_max, thresholds,
-      like, density, block_size, bucket_size, ordinals, held_state);
+      device, density, block_size, bucket_size, ordinals, held_state);
 
   if (lr_tensor) lr = scalar_value(*lr_tensor, "lr_tensor");
   const double scale = grad_scale ? scalar_value(*grad_scale, "grad_scale") : 1.0;
@@ -95,14 +95,14 @@ void step_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
     settings.powers2.push_back(static_cast<float>(std::pow(beta2, age)));
   }
 
-  int64_t* total_skipped = memory<int64_t>(num_skipped_blocks, DeviceNumber(like),
-                                           aoti_torch_dtype_int64(), 1, "num_skipped_blocks");
+  int64_t* total_skipped = memory<int64_t>(num_skipped_blocks, device, aoti_torch_dtype_int64(), 1,
+                                           "num_skipped_blocks");
 
-  std::vector<Stepped> parameters;
+  std::vector<ParameterStep> parameters;
   parameters.reserve(gathered.size());
   int64_t num_blocks = 0, numel = 0;
   for (const Parameter& parameter : gathered) {
-    Stepped p(parameter);
+    ParameterStep p(parameter);
     p.step_number = ++*p.step;  // only now that all arguments are known to fit
     if (p.numel == 0) continue;
     p.num_blocks = (p.numel + block_size - 1) / block_size;

@@ -24,9 +24,9 @@ struct Settings {
   bool stochastic_rounding;
 };
 
-// One parameter with what this step makes of it.
-struct Stepped : Parameter {
-  explicit Stepped(const Parameter& parameter) : Parameter(parameter) {}
+// One parameter, and the numbers of its step.
+struct ParameterStep : Parameter {
+  explicit ParameterStep(const Parameter& parameter) : Parameter(parameter) {}
   int64_t num_blocks;
   int64_t step_number;  // this one included
   UpdateFactors factors;
@@ -35,11 +35,11 @@ struct Stepped : Parameter {
 
 // Steps the blocks [begin, end) of all parameters; returns how many were skipped because they
 // held a NaN or an infinity.
-using StepBlocks = int64_t (*)(const Settings&, const std::vector<Stepped>&, int64_t begin,
+using StepBlocks = int64_t (*)(const Settings&, const std::vector<ParameterStep>&, int64_t begin,
                                int64_t end);
 
-int64_t step_blocks_generic(const Settings&, const std::vector<Stepped>&, int64_t, int64_t);
-int64_t step_blocks_avx2(const Settings&, const std::vector<Stepped>&, int64_t, int64_t);
-int64_t step_blocks_avx512(const Settings&, const std::vector<Stepped>&, int64_t, int64_t);
+int64_t step_blocks_generic(const Settings&, const std::vector<ParameterStep>&, int64_t, int64_t);
+int64_t step_blocks_avx2(const Settings&, const std::vector<ParameterStep>&, int64_t, int64_t);
+int64_t step_blocks_avx512(const Settings&, const std::vector<ParameterStep>&, int64_t, int64_t);
 
 }  // namespace microadam::cpu

@@ -64,7 +64,8 @@ void sum_window(const Block& block, Scratch& scratch, Prefetcher& prefetcher) {
 MICROADAM_INLINE __m256 take_eight_updates(Moments* moments, const int16_t* indices,
                                            const UpdateFactors& f) {
   const auto take = [&](int i) {
-    __m64* both = reinterpret_cast<__m64*>(moments + indices[i]);  // may alias, as double may not
+    __m64* both =
+        reinterpret_cast<__m64*>(moments + indices[i]);  // __m64 may alias, double must not
     const __m128 taken = _mm_loadl_pi(_mm_setzero_ps(), both);
     _mm_storel_pi(both, _mm_setzero_ps());
     return taken;
@@ -175,7 +176,7 @@ inline void scale_feedback(const Settings& s, const Block& block, float rate, fl
 
 // Takes the window's moments out of scratch.moments and moves the parameter by them.
 template <class Param, bool kStochastic, class Prefetcher>
-void update_values(const Settings& s, const Stepped& p, const Block& block, Scratch& scratch,
+void update_values(const Settings& s, const ParameterStep& p, const Block& block, Scratch& scratch,
                    Prefetcher& prefetcher) {
   Param* values = static_cast<Param*>(block.values);
   const auto round = [&](float value, int index) {

@@ -28,9 +28,9 @@ constexpr int kMomentChunk = 4096;    // coordinates whose moments are summed at
 constexpr int kEntriesPerThread = 4;  // of the window of a RegisterBlock
 constexpr int kMaxEntries = kEntriesPerThread * kThreads;
 
-// Of the window, as it lies in shared memory.
+// An entry of the window in shared memory.
 struct Entry {
-  uint32_t bits;  // the value above the index
+  uint32_t bits;  // the bfloat16 value in the high half, the index in the low half
 
   __device__ static Entry of(int16_t index, BFloat16 value) {
     return {static_cast<uint16_t>(index) | uint32_t{value.bits} << 16};
@@ -40,17 +40,17 @@ struct Entry {
 };
 
 struct alignas(16) Selection {
-  float accumulators[kRegisterBlock];  // of a RegisterBlock, from where its elements are taken
-  uint32_t taken[kMaxWords];           // of a MemoryBlock: which elements have been
-  // Where the candidates have no room: magnitude above and equal to the k-th.
+  float accumulators[kRegisterBlock];  // of a RegisterBlock; 0 where an element has been taken
+  uint32_t taken[kMaxWords];  // of a MemoryBlock: a bit for each element that has been taken
+  // Where the list has no room for the candidates: which magnitudes exceed the k-th, and equal it.
   uint32_t above[kMaxWords];
   uint32_t equal[kMaxWords];
-  int indices[kMaxCandidates];          // of those that are selected; behind them kMaxBlockSize
-  uint64_t candidates[kMaxCandidates];  // 0 behind the last
+  int indices[kMaxCandidates];          // of the selected elements, then kMaxBlockSize
+  uint64_t candidates[kMaxCandidates];  // then 0
 };
 
 struct Moments {
-  float first[kMomentChunk];  // at last the update of the coordinate
+  float first[kMomentChunk];  // in the end the update of the coordinate
   float second[kMomentChunk];
 };
 
@@ -62,7 +62,7 @@ struct alignas(16) Shared {
   };
   Entry window[kMaxEntries];  // of a RegisterBlock
   uint32_t partial_sums[2][kWarps];
-  int parameter;           // of the launch, to which the block belongs
+  int parameter;           // of those of the launch: the one that the block belongs to
   bool is_register_block;  // else a MemoryBlock
   uint32_t num_candidates;
   bool is_finite;
@@ -79,11 +79,12 @@ struct alignas(16) Shared {
 __device__ int lane() { return threadIdx.x % 32; }
 __device__ int warp() { return threadIdx.x / 32; }
 
-// Numbers the threads anew, beginning with another warp in each block: where the first few have
-// something to do, the four schedulers of a multiprocessor share it.
+// The threads, numbered from another warp on in each block: work of the first few threads is shared
+// among the four schedulers of a multiprocessor.
 __device__ int rotated_thread() { return (threadIdx.x + 32 * blockIdx.x) % kThreads; }
 
-// What it is made of is computed anew wherever it is needed: registers are scarcer than arithmetic.
+// A top-k block. Its addresses are computed wherever they are used: registers are scarcer than
+// arithmetic.
 struct Block {
   const Settings& s;
   const Parameter& p;
@@ -127,11 +128,13 @@ struct Block {
 };
 
 // A full block of 4096 elements in buckets of 64. Four threads share a bucket; each holds a run of
-// its first half and the run of its second half whose codes lie in the same bytes. While elements
-// are selected, they lie in shared memory, and so does the window.
+// its first half and the run of its second half whose codes lie in the same bytes. During selection
+// the elements are in shared memory, and so is the window.
 template <class Param, class Grad>
 class RegisterBlock {
  public:
+  // Any other block, such as one of a parameter that is a view at an odd offset, takes the slower
+  // MemoryBlock.
   __device__ static bool can_hold(const Block& block) {
     const Settings& s = block.s;
     return s.block_size == kBlock && block.length == kBlock && s.bucket_size == kBucket &&
@@ -141,8 +144,8 @@ class RegisterBlock {
 
   __device__ static constexpr int length() { return kBlock; }
 
-  // Asks for gradient, error feedback and window. All slots of it, so that nobody waits to hear
-  // which is the newest; that one is written over once it is known.
+  // Loads gradient, error feedback and window: all of its slots, so as not to wait for the step
+  // number, which tells the newest one. That one is overwritten later.
   __device__ RegisterBlock(const Block& block, Shared& shared)
       : block_(block),
         accumulators_(shared.selection.accumulators),
@@ -171,7 +174,7 @@ class RegisterBlock {
     }
   }
 
-  // Lays the window out and makes the accumulator.
+  // Puts the window into shared memory and computes the accumulator.
   __device__ void accumulate(float inv_scale) {
     const int num_entries = block_.s.window_size * block_.k;
 #pragma unroll
@@ -184,7 +187,7 @@ class RegisterBlock {
 #pragma unroll
     for (int half = 0; half < 2; ++half) convert_run(grad_[half], values_[half]);
     if (inv_scale != 1.0f) {
-      __syncwarp();  // keeps it a branch: predicated multiplications take as long as others
+      __syncwarp();  // keeps this a branch: predicated multiplications cost as much when skipped
 #pragma unroll
       for (int i = 0; i < 2 * kRun; ++i) values_[i / kRun][i % kRun] *= inv_scale;
     }
@@ -214,12 +217,12 @@ class RegisterBlock {
     }
   }
 
-  // Of any element.
+  // Of any element of the block, not only this thread's.
   __device__ uint32_t magnitude(int index) const {
     return magnitude_bits(accumulators_[place_of(index)]);
   }
 
-  // The accumulator of any element, of which nothing is left.
+  // Returns the accumulator of any element, and sets it to 0.
   __device__ float take(int index) {
     float& accumulator = accumulators_[place_of(index)];
     const float value = accumulator;
@@ -238,7 +241,7 @@ class RegisterBlock {
         values_[half][i] = four.x, values_[half][i + 1] = four.y;
         values_[half][i + 2] = four.z, values_[half][i + 3] = four.w;
       }
-      // Rounding keeps the order, so it may come before the search for the smallest and largest.
+      // Rounding is monotonic, so it may come before the search for the smallest and largest.
 #pragma unroll
       for (int i = 0; i < kRun; i += 2) {
         const uint32_t pair = pack(values_[half][i], values_[half][i + 1]);
@@ -246,7 +249,7 @@ class RegisterBlock {
         high_pair = half + i == 0 ? pair : maxima(high_pair, pair);
       }
     }
-    // The largest in the high half, and in the low half the largest of the negated: the smallest.
+    // The largest in the high half; in the low half the largest of the negated, for the smallest.
     low_pair ^= 0x80008000u;
     uint32_t range =
         maxima(__byte_perm(low_pair, high_pair, 0x5410), __byte_perm(low_pair, high_pair, 0x7632));
@@ -260,8 +263,8 @@ class RegisterBlock {
 #pragma unroll
     for (int i = kRun - 1; i >= 0; --i) {
       uint32_t& word = i < 4 ? codes.x : codes.y;
-      word = prepend_codes(quantization_level(values_[0][i], low, inverse),
-                           quantization_level(values_[1][i], low, inverse), word);
+      word = shift_in_codes(quantization_level(values_[0][i], low, inverse),
+                            quantization_level(values_[1][i], low, inverse), word);
     }
     *own_codes() = codes;
     if (threadIdx.x % 4 == 0) {
@@ -315,11 +318,11 @@ class RegisterBlock {
     return ~is_below & 0xffffu;
   }
 
-  // Of the first element of a run.
+  // Index in the block of the first element of a run.
   __device__ int index_of(int half) const { return first_index_ + half * (kBucket / 2); }
 
-  // Where an element lies in `accumulators_`. Fours of elements are swapped in every other bucket,
-  // so that eight threads that access fours together find them in different banks.
+  // Where an element lies in `accumulators_`. In every other bucket, groups of four are swapped in
+  // pairs, so that eight threads which access such groups together use different banks.
   __device__ static uint32_t place_of(uint32_t index) { return index ^ (index / kBucket % 2 * 4); }
   __device__ float4& own_four(int half, int i) const {
     return *reinterpret_cast<float4*>(accumulators_ + ((index_of(half) + i) ^ swap_));
@@ -341,7 +344,7 @@ class RegisterBlock {
   Entry* window_;
   int first_index_;  // of the run in the first half
   int swap_;         // the bit in which places and indices of this thread's elements differ
-  // As they were fetched: whatever is made of them would have to wait for them.
+  // As they were loaded: to convert them here would be to wait for memory.
   Run<Grad> grad_[2];
   uint2 codes_;  // of the error feedback, with their bucket's range
   BFloat16 error_min_;
@@ -352,7 +355,7 @@ class RegisterBlock {
   float values_[2][kRun];  // the accumulator, then the residual
 };
 
-// A block of any length with buckets of any size. Nothing is kept: every pass reads it again.
+// A block of any length with buckets of any size. Every pass reads it from memory again.
 template <class Param, class Grad>
 class MemoryBlock {
  public:
@@ -394,7 +397,7 @@ class MemoryBlock {
     for (int bucket = warp(); bucket < num_buckets; bucket += kWarps) {
       const int first = bucket * size;
       const int last = min(first + size, block_.length) - 1;
-      // A bucket that is short repeats its last value.
+      // A short bucket repeats its last value.
       const float last_residual = residual(last);
       float low = last_residual, high = low;
 #pragma unroll 1
@@ -410,8 +413,7 @@ class MemoryBlock {
       low = to_float(round_to<BFloat16>(low));
       high = to_float(round_to<BFloat16>(high));
       const float inverse = inverse_unit(quantization_unit(low, high));
-      // The codes of this lane lie where those of the same elements lay, and nobody else reads
-      // them.
+      // This lane's codes replace those of the same elements, which no other lane reads.
 #pragma unroll 1
       for (int j = lane(); j < half; j += 32) {
         const int i = first + j;

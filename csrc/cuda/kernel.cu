@@ -1,12 +1,12 @@
 // One step of all top-k blocks of up to kMaxParameters parameters: one thread block each.
 //
-// A full block of the default size stays in registers from its gradient to its new error feedback
-// and shared memory (RegisterBlock), so that every byte moves once. Blocks of any other length or
-// bucket size, and the tails of parameters, are read again in every pass (MemoryBlock): simple, and
-// slower.
+// A full block of the default size stays in registers and shared memory from its gradient to its
+// new error feedback (RegisterBlock, whose can_hold lists the conditions), so that every byte moves
+// once. Other blocks, the tails of parameters among them, are read again in every pass
+// (MemoryBlock): simple, and slower.
 //
-// Everything is deterministic: where threads meet in an atomic operation, their order changes
-// nothing but the place of a candidate in a list that is only counted.
+// Everything is deterministic: the order of atomic operations changes nothing but the places of
+// candidates in a list, and their places change no result.
 #include "kernel.h"
 #include "selection.cuh"
 
@@ -69,8 +69,8 @@ __device__ void compute_scalars(const Settings& s, uint32_t step, Shared& shared
 // ---------------------------------------------------------------------------------------------
 // The window
 
-// Sums the moments of the elements [begin, end) up, one slot after the other, so that sums have one
-// order. No coordinate repeats within a slot, but for the zeros of one that was never written.
+// Sums the moments of the elements [begin, end), slot by slot, so that every sum has one order. No
+// coordinate repeats within a slot, except in one that was never written, where all values are 0.
 template <int kNumThreads, class Elements>
 __device__ void sum_moments(const Block& block, const Elements& elements, int begin, int end,
                             Shared& shared) {
@@ -100,7 +100,7 @@ __device__ void sum_moments(const Block& block, const Elements& elements, int be
       for (int h = 0; h < 2; ++h) {
         if (values[h] == 0.0f) continue;
         first[h] = moments.first[coordinates[h]] + values[h] * first_weight;
-        // The weight first: it may be 0, and the square infinite.
+        // The weight before the square: 0 times an infinite square would be NaN.
         second[h] = moments.second[coordinates[h]] + values[h] * second_weight * values[h];
       }
 #pragma unroll
@@ -133,7 +133,7 @@ __device__ void apply_window(const Block& block, const Elements& elements, Share
     const int end = min(elements.length(), begin + kMomentChunk), size = end - begin;
     const int64_t first = block.first() + begin;
     Param* const params = static_cast<Param*>(block.p.values) + first;
-    __syncthreads();  // what lay here before is not needed any more
+    __syncthreads();  // what was in this memory is no longer needed
     if (is_dense) {
 #pragma unroll 1
       for (int i = threadIdx.x; i < (size + 3) / 4; i += kThreads) {
@@ -150,7 +150,7 @@ __device__ void apply_window(const Block& block, const Elements& elements, Share
       }
     }
     __syncthreads();
-    // The few entries of a usual slot are left to one warp, which need not wait for others.
+    // A slot usually has few entries: one warp sums them, without waiting for the others.
     if (block.k <= 64) {
       sum_moments<32>(block, elements, begin, end, shared);
     } else {
@@ -161,7 +161,7 @@ __device__ void apply_window(const Block& block, const Elements& elements, Share
     for (int e = threadIdx.x; e < num_entries; e += kThreads) {
       const int i = elements.entry(e).index() - begin;
       if (i < 0 || i >= size) continue;
-      // The first to come takes a coordinate; sums of squares are never negative.
+      // The first thread to come takes the coordinate: no sum of squares is negative.
       const float second = atomicExch(&moments.second[i], -1.0f);
       if (second < 0.0f) continue;
       const float update = parameter_update(moments.first[i], second, shared.factors);
@@ -190,7 +190,7 @@ __device__ void apply_window(const Block& block, const Elements& elements, Share
 template <class Param, class Elements>
 __device__ void step_block(const Block& block, Shared& shared) {
   const Settings& s = block.s;
-  // All that the first phase needs is asked for before any of it is used.
+  // All loads of the first phase start before any of their results is used.
   const float guess = *block.threshold();
   const uint32_t step = static_cast<uint32_t>(*block.p.step);
   Elements elements(block, shared);
@@ -212,7 +212,7 @@ __device__ void step_block(const Block& block, Shared& shared) {
   apply_window<Param>(block, elements, shared);
 }
 
-// Not inlined, so that it takes no registers from the kernel's main path.
+// Not inlined, so that it costs the main path no registers.
 template <class Param, class Grad>
 __device__ __noinline__ void step_memory_block(const Settings& s, const Parameter& p,
                                                uint32_t index, Shared& shared) {
@@ -225,7 +225,7 @@ __global__ void count_kernel(const __grid_constant__ Counters counters) {
   if (i < counters.num_steps) ++*counters.steps[i];
 }
 
-// The parameter to which a block of the launch belongs: the last one that begins there or before.
+// The parameter that a block of the launch belongs to: the last one that begins at it or before.
 __device__ int parameter_of(const Launch& launch, int block) {
   int parameter = 0;
   for (int end = launch.num_parameters; end - parameter > 1;) {

@@ -47,9 +47,10 @@ struct Settings {
 };
 
 // Tables travel as an argument of the kernel, so that a step needs neither memory nor a copy and
-// can be captured in a graph. A launch sends the whole of its table, filled or not, and often there
-// is but one parameter, whose gradient is released: the table is smaller than it may be. More than
-// 4 KB take a driver since R530, which CUDA 12 does not imply.
+// can be captured in a graph. Every launch sends its whole table, filled or not, and under gradient
+// release there is one parameter in it: the budget stays below the 32 KB that CUDA allows.
+// Arguments of more than 4 KB need driver R530 or newer, which CUDA 13 guarantees and CUDA 12 does
+// not.
 #if CUDART_VERSION >= 13000
 constexpr int kMaxParameters = 128;
 constexpr int kMaxArgumentBytes = 16384;

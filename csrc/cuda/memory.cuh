@@ -12,7 +12,7 @@ __device__ bool is_aligned(const void* pointer, size_t size) {
   return reinterpret_cast<uintptr_t>(pointer) % size == 0;
 }
 
-// Asks for what will be read.
+// Starts fetching what will be read.
 __device__ void prefetch(const void* pointer) {
 #if defined(__CUDA_ARCH__)
   asm volatile("prefetch.global.L2 [%0];" : : "l"(__cvta_generic_to_global(pointer)));
@@ -34,8 +34,8 @@ __device__ T rounded(float value, int64_t i, Rounding rounding) {
                                 : round_to<T>(value);
 }
 
-// Eight elements as they lie in memory. They are fetched and converted in two calls, so that a
-// thread waits for all that it has asked for at once.
+// Eight elements as they lie in memory. Fetching and converting are two calls, so that a thread can
+// start all its loads before it waits for the first.
 template <class T>
 struct Run {
   static constexpr int kWords = kRun * sizeof(T) / sizeof(uint32_t);

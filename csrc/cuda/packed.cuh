@@ -1,4 +1,4 @@
-// Single instructions that do the work of several on a GPU, and in plain C++ what they do.
+// Single GPU instructions that replace several, each with the plain C++ that defines it.
 #pragma once
 
 #include "../algorithm.h"
@@ -41,10 +41,11 @@ __device__ uint32_t maxima(uint32_t a, uint32_t b) {
 #endif
 }
 
-// `codes` with a byte before it: the levels rounded down and clamped to 4 bits, `low` in the low
-// half.
-__device__ uint32_t prepend_codes(float low, float high, uint32_t codes) {
-  // In units of the smallest float the bits of a number are its integer part.
+// Shifts a byte into `codes` from below: two levels, rounded down and clamped to 4 bits, `low` in
+// the low half.
+__device__ uint32_t shift_in_codes(float low, float high, uint32_t codes) {
+  // Scaled by 2^-149, the smallest float, a level becomes a subnormal number whose bits are the
+  // level rounded down to an integer. That needs subnormal numbers: never compile with -ftz=true.
   const uint32_t low_bits = bits_of(__fmul_rz(low, 0x1p-149f));
   const uint32_t high_bits = bits_of(__fmul_rz(high, 0x1p-149f));
 #if defined(__CUDA_ARCH__)
@@ -61,7 +62,7 @@ __device__ uint32_t prepend_codes(float low, float high, uint32_t codes) {
 #endif
 }
 
-// ++count where a > b. Of the same in C++ a sum and a selection are made.
+// ++count where a > b. The compiler turns the C++ into a selection and an addition.
 __device__ void count_if_greater(int& count, uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH__)
   asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.s32 %0, %0, 1; }"
@@ -84,8 +85,9 @@ __device__ void count_if_greater(int& count, int a, int b) {
 
 // Four codes, one in the low half of each byte, times the unit.
 __device__ void multiply_codes(uint32_t codes, float unit, float (&out)[4]) {
-  // 128 with the code in the last places that a bfloat16 has: no conversion, and taking 128 units
-  // off again in the same operation leaves the one rounding of code * unit.
+  // The code goes into the low mantissa bits of the bfloat16 128.0, which gives 128 + code without
+  // a conversion. The fused operation takes 128 * unit, which is exact, off again and rounds once:
+  // the result is code * unit, rounded.
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t shifted = __byte_perm(codes, 0x43000000u, 0x7044 | i << 8);

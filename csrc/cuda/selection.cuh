@@ -17,15 +17,15 @@ __device__ int sum_over_block(int value, uint32_t* partial_sums) {
   return static_cast<int>(total);
 }
 
-// Before the first list, and before another.
+// To be called before each list.
 __device__ void clear_candidates(Shared& shared) {
   shared.selection.candidates[threadIdx.x] = 0;
   shared.selection.indices[threadIdx.x] = kMaxBlockSize;
   if (threadIdx.x == 0) shared.num_candidates = 0, shared.is_finite = true;
 }
 
-// Counts the elements that reach `probe` and lists as many as there is room for. The order of the
-// list is left to chance. One candidate is greater than another where it is selected before it.
+// Counts the elements that reach `probe` and lists as many as there is room for, in any order.
+// Candidates are ordered as they are to be selected: the greater one first.
 template <class Elements>
 __device__ void list_candidates(const Elements& elements, uint32_t probe, Shared& shared) {
   const int own_count = elements.count_reaching(probe);
@@ -40,9 +40,9 @@ __device__ void list_candidates(const Elements& elements, uint32_t probe, Shared
   });
 }
 
-// From a list with k candidates or more: takes the k largest, calls emit(position, index, value)
-// for each, and leaves a guess for the next step. False, and nothing else has happened, where one
-// is not finite.
+// From a list of k candidates or more: takes the k largest, calls emit(position, index, value) for
+// each, and leaves a guess for the next step. Returns false where one is not finite; the parameter
+// and its state are untouched then.
 template <class Elements, class Emit>
 __device__ bool take_candidates(Elements& elements, const Block& block, int count, Shared& shared,
                                 Emit emit) {
@@ -94,7 +94,7 @@ __device__ bool take_candidates(Elements& elements, const Block& block, int coun
   return true;
 }
 
-// Where too many elements are equal to the k-th, or k is too large, for a list.
+// The same where a list has no room: too many elements equal the k-th, or k is too large.
 template <class Elements, class Emit>
 __device__ void take_by_bitmaps(Elements& elements, const Block& block, uint32_t kth,
                                 Shared& shared, Emit emit) {
@@ -139,15 +139,15 @@ __device__ void take_by_bitmaps(Elements& elements, const Block& block, uint32_t
   }
 
   // The first ones among equals are taken.
-  const uint32_t num_equal = block.k - (total & 0xffffu);
+  const uint32_t num_ties_to_take = block.k - (total & 0xffffu);
   uint32_t equal_before = before >> 16;
-  uint32_t position = (before & 0xffffu) + min(num_equal, equal_before);
+  uint32_t position = (before & 0xffffu) + min(num_ties_to_take, equal_before);
 #pragma unroll 1
   for (int w = begin; w < end; ++w) {
     const uint32_t equal = selection.equal[w];
     for (uint32_t rest = selection.above[w] | equal; rest != 0; rest &= rest - 1) {
       const uint32_t bit = rest & (~rest + 1);
-      if ((equal & bit) != 0 && equal_before++ >= num_equal) continue;
+      if ((equal & bit) != 0 && equal_before++ >= num_ties_to_take) continue;
       const int index = 32 * w + __popc(bit - 1);
       emit(position++, index, elements.take(index));
     }
@@ -161,8 +161,8 @@ __device__ uint32_t first_probe(float guess) {
 }
 
 // From the list of those that reach `probe`: selects, takes, and calls emit(position, index, value)
-// for each element, positions in the order of indices. False, and nothing has happened, where the
-// block holds a NaN or an Inf.
+// for each element, positions in the order of indices. Returns false where the block holds a NaN or
+// an Inf; the parameter and its state are untouched then.
 //
 // The guess of the last step usually leaves a few more than k candidates. Else bisection over the
 // bits finds a magnitude that does, or, where too many are equal, the k-th itself.

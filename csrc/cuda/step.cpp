@@ -18,13 +18,13 @@ Beta powers_of(double beta) {
   return result;
 }
 
-DeviceScalar scalar_of(const std::optional<Tensor>& t, const Tensor& like, const char* name) {
+DeviceScalar scalar_of(const std::optional<Tensor>& t, const DeviceNumber& device,
+                       const char* name) {
   if (!t) return {nullptr, false};
   const ScalarType type = t->scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, name,
                   " must be float32 or float64");
-  return {memory<void>(*t, DeviceNumber(like), dtype_number(*t), 1, name),
-          type == ScalarType::Double};
+  return {memory<void>(*t, device, dtype_number(*t), 1, name), type == ScalarType::Double};
 }
 
 }  // namespace
@@ -40,10 +40,10 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
                int64_t bucket_size, bool stochastic_rounding, int64_t seed,
                const std::vector<int64_t>& ordinals, const std::optional<Tensor>& held_state) {
   if (params.empty()) return;
-  const Tensor& like = num_skipped_blocks;
+  const DeviceNumber device(num_skipped_blocks);
   const auto [parameters, window_size] = gather_parameters(
       params, grads, steps, window_indices, window_values, error, error_min, error_max, thresholds,
-      like, density, block_size, bucket_size, ordinals, held_state);
+      device, density, block_size, bucket_size, ordinals, held_state);
 
   Launch launch = {};
   Settings& s = launch.settings;
@@ -52,11 +52,11 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
   s.lr = lr;
   s.weight_decay = weight_decay;
   s.alpha = alpha;
-  s.lr_tensor = scalar_of(lr_tensor, like, "lr_tensor");
-  s.grad_scale = scalar_of(grad_scale, like, "grad_scale");
-  s.found_inf = scalar_of(found_inf, like, "found_inf");
+  s.lr_tensor = scalar_of(lr_tensor, device, "lr_tensor");
+  s.grad_scale = scalar_of(grad_scale, device, "grad_scale");
+  s.found_inf = scalar_of(found_inf, device, "found_inf");
   s.num_skipped_blocks = memory<unsigned long long>(
-      num_skipped_blocks, DeviceNumber(like), aoti_torch_dtype_int64(), 1, "num_skipped_blocks");
+      num_skipped_blocks, device, aoti_torch_dtype_int64(), 1, "num_skipped_blocks");
   s.seed = static_cast<uint64_t>(seed);
   s.eps = static_cast<float>(eps);
   s.kept_share = static_cast<float>(1 - alpha);
@@ -76,13 +76,13 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
                     " elements has more than ", INT32_MAX, " blocks of block_size ", block_size);
   }
 
-  const DeviceOf device(like);
+  const DeviceOf current(num_skipped_blocks);
   Counters counters = {};
   counters.found_inf = s.found_inf;
   for (const Parameter& p : parameters) {
     counters.steps[counters.num_steps++] = p.step;
     if (counters.num_steps == kMaxCounters || &p == &parameters.back()) {
-      MICROADAM_CUDA_CHECK(cuda::count(counters, device.stream()));
+      MICROADAM_CUDA_CHECK(cuda::count(counters, current.stream()));
       counters.num_steps = 0;
     }
   }
@@ -90,7 +90,7 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
   int64_t num_blocks = 0;
   const auto flush = [&] {
     if (num_blocks > 0) {
-      MICROADAM_CUDA_CHECK(cuda::step(launch, static_cast<int>(num_blocks), device.stream()));
+      MICROADAM_CUDA_CHECK(cuda::step(launch, static_cast<int>(num_blocks), current.stream()));
     }
     launch.num_parameters = 0;
     num_blocks = 0;

@@ -117,13 +117,11 @@ def round_trip(residual: Tensor, bits: int, is_stochastic: bool = False) -> Tens
         is_stochastic: round up with a probability of the fraction, which makes the expected result
             the residual itself, up to the bfloat16 rounding of the bucket's range.
     """
-    num_levels = 2**bits - 1
+    max_code = 2**bits - 1
     minimum, maximum = (t.bfloat16().float().unsqueeze(1) for t in residual.aminmax(dim=1))
-    unit = (maximum - minimum) / num_levels
+    unit = (maximum - minimum) / max_code
     shift = torch.rand_like(residual) if is_stochastic else 0.5
-    level = (
-        ((residual - minimum) * reference.inverse_unit(unit) + shift).floor().clamp(0, num_levels)
-    )
+    level = ((residual - minimum) * reference.inverse_unit(unit) + shift).floor().clamp(0, max_code)
     return level * unit + minimum
 
 

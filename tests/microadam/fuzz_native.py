@@ -57,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     kernel = ops.native_kernel("cpu")
     if not kernel:
-        raise SystemExit(f"there is nothing to fuzz: {ops.why_not_native()}")
+        raise SystemExit(f"there is nothing to fuzz: {ops.load_native_library()}")
     if args.seed is not None:
         fuzz_one(args.seed)
         return

@@ -255,7 +255,7 @@ def test_nothing_is_changed_where_an_argument_is_wrong(
     run = Run(Hyperparameters(), [draw(500, torch.float32, generator) for _ in range(2)])
     run.states[1][name] = run.states[1][name].float()
     before = run.clone()
-    with pytest.raises(RuntimeError, match="must be a contiguous tensor"):
+    with pytest.raises(RuntimeError, match="has the wrong dtype"):
         run.step([draw(500, torch.float32, generator) for _ in range(2)])
     assert torch.equal(run.params[0], before.params[0])
     assert run.states[0]["step"] == 0

@@ -269,6 +269,26 @@ def load(net: torch.nn.Module, optimizer: MicroAdam, folder: Path) -> None:
     set_state_dict(net, optimizer, model_state_dict=model, optim_state_dict=state)
 
 
+def test_template_of_a_parameter_in_another_memory_format(tmp_path: Path) -> None:
+    """Its storage order is a list, which the checkpoint holds as bytes without a size."""
+
+    def stepped(seed: int, num_steps: int) -> tuple[torch.nn.Module, MicroAdam]:
+        torch.manual_seed(seed)
+        net = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        optimizer = MicroAdam(net.parameters(), **SMALL_BLOCKS)
+        for _ in range(num_steps):
+            net(torch.randn(2, 3, 8, 8)).square().mean().backward()
+            optimizer.step()
+        return net, optimizer
+
+    net, optimizer = stepped(seed=0, num_steps=3)
+    save(net, optimizer, tmp_path)
+    other_net, other = stepped(seed=1, num_steps=1)
+    load(other_net, other, tmp_path)
+    assert_same(local_tensors(other), local_tensors(optimizer))
+    assert other.state[other_net.weight]["storage_order"] == [0, 2, 3, 1]
+
+
 def partial_sum_rank() -> tuple[Tensor, Tensor]:
     """A parameter that every rank holds whole, with a part of its gradient; and the same in one."""
     from torch.distributed.tensor import DTensor, Partial, Replicate

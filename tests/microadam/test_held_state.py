@@ -32,7 +32,7 @@ from tests.microadam.judge import step_and_judge
 STATE_KEYS = ("step", "window_indices", "window_values", "error", "error_min", "error_max")
 
 needs_native = pytest.mark.skipif(
-    not ops.native_kernel("cpu"), reason=f"no native library: {ops.why_not_native()}"
+    not ops.native_kernel("cpu"), reason=f"no native library: {ops.load_native_library()}"
 )
 
 
@@ -226,7 +226,7 @@ def test_what_is_held_is_checked_at_every_step(
     damage(state_of(optimizer))
     before = clone_all(optimizer)
     set_random_gradients(optimizer, rng)
-    with pytest.raises(RuntimeError, match="must be a contiguous tensor"):
+    with pytest.raises(RuntimeError, match=r"must have|has the wrong dtype"):
         optimizer.step()
     assert_same(clone_all(optimizer), before)
 

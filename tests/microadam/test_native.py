@@ -20,7 +20,7 @@ from tests.microadam.agreement import Hyperparameters, Run, step_and_compare
 from tests.microadam.helpers import DTYPES
 
 pytestmark = pytest.mark.skipif(
-    not ops.native_kernel("cpu"), reason=f"no native library: {ops.why_not_native()}"
+    not ops.native_kernel("cpu"), reason=f"no native library: {ops.load_native_library()}"
 )
 
 
@@ -212,23 +212,27 @@ def one_call(generator: torch.Generator) -> Iterator[Run]:
 
 
 @pytest.mark.parametrize(
-    ("name", "damage"),
+    ("name", "damage", "message"),
     [
-        ("window_indices", lambda t: t.int()),
-        ("window_values", lambda t: t[:, :, :-1].contiguous()),
-        ("window_values", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
-        ("error", lambda t: t[:-1]),
-        ("error_min", lambda t: t.float()),
-        ("error_max", lambda t: torch.cat([t, t])),
-        ("step", lambda t: t.int()),
+        ("window_indices", lambda t: t.int(), "window_indices has the wrong dtype"),
+        ("window_values", lambda t: t[:, :, :-1].contiguous(), "window_values must have 820 elem"),
+        (
+            "window_values",
+            lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+            "window_values must be contiguous",
+        ),
+        ("error", lambda t: t[:-1], "error must have 2528 elements, not 2527"),
+        ("error_min", lambda t: t.float(), "error_min has the wrong dtype"),
+        ("error_max", lambda t: torch.cat([t, t]), "error_max must have 79 elements, not 158"),
+        ("step", lambda t: t.int(), "steps has the wrong dtype"),
     ],
 )
 def test_native_code_refuses_memory_that_does_not_fit(
-    name: str, damage: object, one_call: Run, generator: torch.Generator
+    name: str, damage: object, message: str, one_call: Run, generator: torch.Generator
 ) -> None:
     """Called past the optimizer, the operator must not read or write beyond a tensor."""
     one_call.states[0][name] = damage(one_call.states[0][name])
-    with pytest.raises(RuntimeError, match="must be a contiguous tensor"):
+    with pytest.raises(RuntimeError, match=message):
         one_call.step([draw(5000, torch.float32, generator)])
 
 
