@@ -107,7 +107,8 @@ def make(config: RunConfig) -> Plan:
     holds as soon as gradients are accumulated, and is the upper end otherwise. Under gradient
     release the few gradients that are alive at a time count as activations. Not counted are what a
     GPU's driver and the allocator's fragmentation take (`UNPLANNED_GIB`), what generation takes in
-    an evaluation, and a step's temporaries in plain torch (up to 0.8 GiB; the native one needs none).
+    an evaluation, and the temporaries of a step in plain torch (up to 0.8 GiB; the native step
+    needs none).
     """
     task = tasks.chosen(config)
     precision = resolve_precision(config.hardware)

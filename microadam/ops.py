@@ -45,8 +45,8 @@ _STATE_LISTS = ("steps", *_STATE_KEYS[1:], "thresholds")  # of the schema
 _state_tensors = itemgetter(*_STATE_KEYS)
 
 # Held tensors keep their memory until the next step, even where the user has replaced the state, by
-# a copy on the CPU for example. A larger state is not held: the time that this would save is nothing
-# beside its step.
+# a copy on the CPU for example. A larger state is not held: beside its step, the time that this
+# would save is nothing.
 MAX_HELD_BYTES = 1 << 28
 
 
