@@ -117,9 +117,7 @@ class MicroAdam(Optimizer):
         }
         self._num_skipped_blocks: dict[torch.device, Tensor] = {}
         self._caches: dict[Tensor, _Cache] = {}  # not saved
-        self._held_states: list[
-            ops.HeldState | None
-        ] = []  # one per call of the last step; not saved
+        self._held_states: list[ops.HeldState | None] = []  # of each call of a step; not saved
         super().__init__(params, defaults)
         if unscales:  # GradScaler hands its scale and its finding to `step` as attributes
             self._step_supports_amp_scaling = True
