@@ -13,7 +13,8 @@ from PIL import Image
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
-_DECIMALS = re.compile(r"(\d\.\d\d)\d+")  # in an SVG a hundredth of a point is enough
+_TAG = re.compile(r"<[^>]+>")
+_DECIMALS = re.compile(r"(\d\.\d\d)\d+")
 INK = "#3b4252"  # text and axes
 GRID = "#d8dee9"
 
@@ -67,7 +68,9 @@ def save(drawing: Drawing, figures_dir: Path, name: str, title: str, sentence: s
             files.append(figures_dir / f"{name}.{suffix}")
             drawing.savefig(files[-1], dpi=160, metadata=metadata)
     png, svg = files
-    svg.write_text(_DECIMALS.sub(r"\1", svg.read_text(encoding="utf-8")), encoding="utf-8")
+    # A hundredth of a point is enough for what is drawn; what is written is not in the tags.
+    shorter = _TAG.sub(lambda tag: _DECIMALS.sub(r"\1", tag[0]), svg.read_text(encoding="utf-8"))
+    svg.write_text(shorter, encoding="utf-8")
     with Image.open(png) as image:
         palette = image.convert("RGB").quantize(128)  # a drawing needs no more: half the bytes
     palette.save(png, optimize=True)

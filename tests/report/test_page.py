@@ -10,10 +10,11 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.figure
 import pytest
 
 from experiments.report import __main__ as report
-from experiments.report import figures_runs, memory, page, planning, records, tables
+from experiments.report import figure, figures_runs, memory, page, planning, records, tables
 from experiments.report.planning import Cell
 from experiments.report.tables import Column
 from tests.report.synthetic import record, write
@@ -123,6 +124,16 @@ def test_figures_are_drawn_in_two_formats_and_are_the_same_each_time(results: Pa
     before = [path.read_bytes() for path in paths]
     figures_runs.draw(results, results / "figures")
     assert [path.read_bytes() for path in paths] == before
+
+
+def test_numbers_that_are_written_in_a_drawing_keep_their_decimals(tmp_path: Path) -> None:
+    """Those that are drawn lose most of theirs; a rate of 0.004 became 0.00 as well."""
+    with matplotlib.rc_context(figure.STYLE):
+        drawing = matplotlib.figure.Figure(figsize=(2, 2))
+        drawing.text(0.1234567, 0.5, "lr = 0.0041")
+        svg = figure.save(drawing, tmp_path, "name", "title", "sentence").files[1].read_text()
+    assert "lr = 0.0041" in svg
+    assert not any(re.search(r"\d\.\d{3}", tag) for tag in re.findall("<[^>]+>", svg))
 
 
 def test_a_line_that_may_hide_an_earlier_one_is_dashed_and_has_a_colour_of_its_own(
