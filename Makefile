@@ -15,24 +15,24 @@ help:  ## print this
 	@awk -F ':.*## *' '/^[a-z0-9-]+:.*##/ { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  SCALE=mini|paper|smoke HARDWARE=auto|cpu|a100_80gb|...   for table1 to table4, with"
-	@echo "  DRY=1        only plan: runs that exist and are missing, their time and memory"
-	@echo "  FRESH=1      run everything again (interrupted, it says how to go on)"
+	@echo "  DRY=1        only plan: which runs exist, which are missing, their time and memory"
+	@echo "  FRESH=1      do all runs again (when interrupted, it prints how to resume)"
 	@echo "  JOBS=2       two runs at a time on this machine, which share its cores"
 	@echo "  LAUNCHER=... of Hydra, such as submitit_slurm: runs side by side on a cluster"
-	@echo "  ARGS=...   arguments added to what demo, test runs, e.g. make test ARGS='-k layout -x'"
-	@echo "  PYTHON=... interpreter setup makes the environment with (3.10 to 3.13; default: what it finds)"
+	@echo "  ARGS=...   extra arguments for demo, test, sanitize, studies, e.g. make test ARGS='-k layout -x'"
+	@echo "  PYTHON=... interpreter for the environment (3.10 to 3.13; default: the first that is found)"
 	@echo "  VENV=...   the environment to make or to use (now: $(VENV))"
 
-setup:  ## make the environment in .venv: Python packages, and Debian's where it may (again: a second)
+setup:  ## make the environment in .venv: Python packages, and Debian packages if permitted (a second when up to date)
 	@VENV='$(VENV)' PYTHON='$(PYTHON)' scripts/setup.sh
 
-demo: setup  ## fine-tune a small language model with MicroAdam and report what came of it
+demo: setup  ## fine-tune a small language model with MicroAdam and print the results
 	$(BIN)/python run.py optimizer=microadam task=gsm8k $(ARGS)
 
-table1: setup  ## MNLI: the runs that are missing, then results/table1.{md,csv,tex}
-table2: setup  ## GSM8K, likewise
-table3: setup  ## Open-Platypus, at mini scale other instructions, likewise
-table4: setup  ## ImageNet, at mini scale CIFAR-10, likewise
+table1: setup  ## MNLI: does the missing runs, then writes results/table1.{md,csv,tex}
+table2: setup  ## the same for GSM8K
+table3: setup  ## the same for Open-Platypus; at mini scale, other instructions
+table4: setup  ## the same for ImageNet; at mini scale, CIFAR-10
 table1 table2 table3 table4:
 	$(BIN)/python -m scripts.table $@ --scale $(SCALE) --hardware $(HARDWARE) \
 	  $(if $(JOBS),--jobs $(JOBS)) $(if $(LAUNCHER),--launcher $(LAUNCHER)) $(if $(filter-out 0,$(DRY)),--dry) \
@@ -96,7 +96,7 @@ benchmark: setup  ## step time and state memory of the optimizers, image loading
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.loading
 
-studies: setup  ## run the studies anew, into results/studies/ (about 5 minutes on an idle core)
+studies: setup  ## run the studies again, into results/studies/ (about 5 minutes on an idle core)
 	$(BIN)/python -m experiments.studies all $(ARGS)
 
 clean:  ## remove what was built and cached; the environment and all results stay (make setup builds again)

@@ -124,7 +124,7 @@ def _headlines(results_dir: Path, all_tables: Sequence[Table]) -> list[Headline]
             f"{first[name]['state_bytes'] / first[name]['num_parameters']:.2f} B"
             for name in ("MicroAdam", "AdamW (fused)")
         )
-        label = "of optimizer state a parameter"
+        label = "of optimizer state per parameter"
         found.append(Headline(own, label, f"AdamW in float32: {other}"))
     step_path = results_dir / "benchmark_step_cpu.json"
     if step_path.exists():
@@ -169,7 +169,8 @@ def _headline_of(table: Table) -> list[Headline]:
     task = table.title.partition(":")[0]
     number, _, spread = texts[own].partition(" ± ")
     beside = f"{other}: {texts[other]}{unit}"
-    return [Headline(number + unit, f"{task}, {quantity}", beside, spread)]
+    label = f"{task}, {table.rows[0].model}: {quantity}"
+    return [Headline(number + unit, label, beside, spread)]
 
 
 def _drawing(figure: Figure) -> Drawing:
