@@ -178,6 +178,7 @@ class CausalLM(Task):
         self._tokenizer = loaded.tokenizer
         self.model = loaded.model.to(hardware.device, hardware.param_dtype)
         self.model_source = loaded.source
+        self._harness.check(self.model, self._tokenizer)
         self._train = self._encode(data.rows["train"])
         self._test = self._encode(data.rows["test"])
         for kind, examples in (("training", self._train), ("held-out", self._test)):

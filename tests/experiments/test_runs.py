@@ -106,6 +106,15 @@ def test_what_the_optimizer_refuses_is_said_before_the_model_is_loaded(
     assert "loading" not in capsys.readouterr().out
 
 
+def test_answers_without_room_are_refused_before_the_training(composed: Compose) -> None:
+    """The run trained to its end, and then failed."""
+    too_long = "evaluation.max_new_tokens=4096"
+    config = composed(*SHORT, "evaluation.before_training=false", too_long)
+    with pytest.raises(ExperimentError, match=r"evaluation\.max_new_tokens=4096: .* room for"):
+        execute(config)
+    assert not RunFolder(config).metrics()
+
+
 @pytest.mark.parametrize(
     ("optimizer", "precision"),
     [("microadam", "fp32"), ("microadam", "bf16"), ("microadam", "bf16_amp"), ("adamw", "bf16")],
