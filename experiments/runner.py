@@ -28,6 +28,7 @@ from experiments import (
     tasks,
     training,
 )
+from experiments.checkpoints import Checkpoint
 from experiments.config import RunConfig, without_places
 from experiments.distributed import Parallel
 from experiments.errors import require
@@ -91,7 +92,8 @@ def _run(
     signals: Interruption,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    code = provenance()  # now: the checkout may have moved on when the run ends
+    # The commit now: the checkout may have moved on when the run ends.
+    origin = {"command": _command(overrides), **provenance()}
     is_first = distributed.rank() == 0
     machine.forget_peak()
     torch.manual_seed(config.seed)
@@ -110,7 +112,7 @@ def _run(
         activations.enable_checkpointing(task.model, config.hardware)
     parallel = Parallel(task, config, machine)
     optimizer = optimizers.build(task.model, config.optimizer)
-    setup = training.Setup(config, machine, task, parallel, optimizer)
+    setup = training.Setup(config, machine, task, parallel, optimizer, started)
     checkpoint = distributed.from_rank_0(
         lambda: checkpoints.newest(run.checkpoints, run.hash, task.data_source)
     )
@@ -126,30 +128,49 @@ def _run(
         if mirror is not None:
             mirror.log(metrics)
 
-    try:
-        before = _evaluation_before(setup, run, log)
-        totals = training.train(setup, run, checkpoint, log, signals)
-        losses = distributed.from_rank_0(
-            lambda: [m["train/loss"] for m in run.metrics() if "train/loss" in m]
-        )
-        has_diverged = not math.isfinite(losses[-1])
-        after, evaluation_s = ({}, 0.0) if has_diverged else _evaluate(setup)
-        if after and not math.isfinite(after["loss"]):  # the last update broke the weights
-            has_diverged, after = True, {}
-        if after:
-            log({"step": len(losses), **_prefixed("eval", after)})
-    finally:
+    with mirror or nullcontext():
+        record = _train_and_evaluate(setup, run, checkpoint, log, signals, origin)
+        if config.training.save_model and record["status"] == "finished":
+            with parallel.whole_model():
+                if is_first:
+                    task.save(run.model)
+        if is_first:
+            run.finish(record)
+            checkpoints.remove_all(run.checkpoints)
         if mirror is not None:
-            mirror.close()
+            mirror.summarize(record)
+    return record
 
+
+def _train_and_evaluate(
+    setup: training.Setup,
+    run: RunFolder,
+    checkpoint: Checkpoint | None,
+    log: Callable[[dict[str, Any]], None],
+    signals: Interruption,
+    origin: dict[str, Any],
+) -> dict[str, Any]:
+    """The run from its first evaluation to its record, of which ``origin`` is a part."""
+    config, task, machine = setup.config, setup.task, setup.hardware
+    before = _evaluation_before(setup, run, log)
+    totals = training.train(setup, run, checkpoint, log, signals)
+    losses = distributed.from_rank_0(
+        lambda: [m["train/loss"] for m in run.metrics() if "train/loss" in m]
+    )
+    has_diverged = not math.isfinite(losses[-1])
+    after, evaluation_s = ({}, 0.0) if has_diverged else _evaluate(setup)
+    if after and not math.isfinite(after["loss"]):  # the last update broke the weights
+        has_diverged, after = True, {}
+    if after:
+        log({"step": len(losses), **_prefixed("eval", after)})
     finite_losses = [loss for loss in losses if math.isfinite(loss)]
     earlier_s = 0.0 if checkpoint is None else checkpoint.progress.totals["training_s"]
-    num_params = sum(p.numel() for p in task.model.parameters())
-    record = {
+    state_bytes = optimizers.measured_state_bytes(setup.optimizer)
+    return {
         "status": "diverged" if has_diverged else "finished",
         "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "run": run.hash,
-        "command": _command(overrides),
+        **origin,
         "task": config.task.name,
         "model": config.model.name,
         "optimizer": config.optimizer.name,
@@ -158,7 +179,7 @@ def _run(
         "data_source": task.data_source,
         "data_loader": task.data_loader,
         "model_source": task.model_source,
-        "num_params": num_params,
+        "num_params": sum(p.numel() for p in task.model.parameters()),
         "num_examples": task.num_examples,
         "num_overlong_examples": task.num_overlong_examples,
         "num_steps": len(losses),
@@ -168,27 +189,18 @@ def _run(
             **_loss_metrics(finite_losses),
             **_prefixed("eval_before", before),
             **_prefixed("eval", after),
-            "memory/state_bytes": parallel.whole_bytes(optimizers.measured_state_bytes(optimizer)),
+            "memory/state_bytes": setup.parallel.whole_bytes(state_bytes),
             "memory/peak_bytes": machine.peak_bytes(),
             "time/training_s": totals.training_s,
             "time/optimizer_s": totals.optimizer_s,
             "time/checkpoint_s": totals.checkpoint_s,
             "time/evaluation_s": evaluation_s,
-            "time/wall_s": time.perf_counter() - started + earlier_s,
+            "time/wall_s": time.perf_counter() - setup.started + earlier_s,
         },
         "curve": _curve(finite_losses),
         "hardware": machine.describe(),
-        **code,
         "config": without_places(config),
     }
-    if config.training.save_model and not has_diverged:
-        with parallel.whole_model():
-            if is_first:
-                task.save(run.model)
-    if is_first:
-        run.finish(record)
-        checkpoints.remove_all(run.checkpoints)
-    return record
 
 
 def _evaluation_before(

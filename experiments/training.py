@@ -40,6 +40,7 @@ class Setup:
     task: Task
     parallel: Parallel  # has the task's model
     optimizer: torch.optim.Optimizer
+    started: float  # time.perf_counter() when this process began the run
 
 
 @dataclass

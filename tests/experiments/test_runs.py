@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +424,49 @@ def test_metrics_are_mirrored_to_wandb_only_where_asked(composed: Compose) -> No
     config = composed(*SHORT, "training.max_steps=1", "logger=wandb", "logger.mode=offline")
     execute(config)
     assert list((RunFolder(config).path / "wandb").glob("offline-run-*"))
+
+
+class WandbRun:
+    """What `experiments.records.Mirror` has of a run of Weights & Biases."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+        self.summary: dict[str, Any] = {}
+        self.exit_code: int | None = None
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        assert self.exit_code is None
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.mark.parametrize("stopped_by", [None, ValueError, SystemExit])
+def test_wandb_is_told_what_a_run_is_and_how_it_ended(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, stopped_by: type[BaseException] | None
+) -> None:
+    """Failed and preempted runs were listed as finished, under names that said nothing."""
+    started: list[WandbRun] = []
+
+    def init(**settings: Any) -> WandbRun:
+        started.append(WandbRun(**settings))
+        return started[-1]
+
+    def stop(*_: object) -> None:
+        raise stopped_by
+
+    monkeypatch.setattr("wandb.init", init)
+    if stopped_by is not None:
+        monkeypatch.setattr(RunFolder, "finish", stop)
+    config = composed(*SHORT, "training.max_steps=1", "evaluation.harness={}", "logger=wandb")
+    with nullcontext() if stopped_by is None else pytest.raises(stopped_by):
+        execute(config)
+    (run,) = started
+    assert run.settings["name"] == f"gsm8k-tiny_llama-microadam-{RunFolder(config).hash}"
+    assert run.exit_code == (0 if stopped_by is None else 1)
+    record = RunFolder(config).finished_record()
+    expected = {} if record is None else {"status": "finished", **record["metrics"]}
+    assert run.summary == expected
 
 
 def test_wandb_without_a_key_is_refused_with_the_remedy(
