@@ -79,7 +79,9 @@ def _earlier_record(config: RunConfig, run: RunFolder) -> dict[str, Any] | None:
         print(f"force=true: what was there is kept as {run.set_aside()}")
     record = run.finished_record()
     if record is not None:
-        print(f"already {record['status']}; force=true runs it again\n")
+        of_run = record["hardware"]
+        how = f"on {of_run['gpu'] or of_run['cpu']} in {of_run['precision']}"
+        print(f"already {record['status']} {how}; force=true runs it again\n")
         run.restore_copy(record)
     return record
 
@@ -103,9 +105,10 @@ def _run(
         run.start(config)
         print(f"loading {config.dataset.name} and {config.model.name}", flush=True)
     task = chosen_task(config, machine)
-    found = distributed.from_all((task.data_source, task.num_examples))
+    found = distributed.from_all((task.data_source, task.num_examples, task.data_digest))
     remedy = (
-        f"the processes found different data ({found}); set dataset.source to one of the sources"
+        f"the processes found different data ({found}); set dataset.source to one of the sources, "
+        "and give each process the same files"
     )
     require(len(set(found)) == 1, "dataset.source", config.dataset.source, remedy)
     if config.hardware.activation_checkpointing:
@@ -114,7 +117,7 @@ def _run(
     optimizer = optimizers.build(task.model, config.optimizer)
     setup = training.Setup(config, machine, task, parallel, optimizer, started)
     checkpoint = distributed.from_rank_0(
-        lambda: checkpoints.newest(run.checkpoints, run.hash, task.data_source)
+        lambda: checkpoints.newest(run.checkpoints, setup.identity(run))
     )
     print(summary.of_start(config, task, machine, run.path, checkpoint))
 
@@ -177,6 +180,7 @@ def _train_and_evaluate(
         "scale": config.scale,
         "seed": config.seed,
         "data_source": task.data_source,
+        "data_digest": task.data_digest,
         "data_loader": task.data_loader,
         "model_source": task.model_source,
         "num_params": sum(p.numel() for p in task.model.parameters()),

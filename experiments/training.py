@@ -42,6 +42,15 @@ class Setup:
     optimizer: torch.optim.Optimizer
     started: float  # time.perf_counter() when this process began the run
 
+    def identity(self, run: RunFolder) -> dict[str, str]:
+        """What a checkpoint must share with the run that goes on from it, by name in `Progress`."""
+        return {
+            "config_hash": run.hash,
+            "data_source": self.task.data_source,
+            "data_digest": self.task.data_digest,
+            "precision": self.hardware.precision,
+        }
+
 
 @dataclass
 class Totals:
@@ -86,7 +95,10 @@ def train(
     def save_checkpoint(step: int) -> None:
         started = time.perf_counter()
         progress = checkpoints.Progress(
-            run.hash, task.data_source, step, dataclasses.asdict(totals), schedule.state_dict()
+            **setup.identity(run),
+            step=step,
+            totals=dataclasses.asdict(totals),
+            schedule=schedule.state_dict(),
         )
         is_sharded = config.hardware.parallel == "fsdp2"
         checkpoints.save(run.checkpoints, progress, task.model, optimizer, is_sharded)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -26,7 +27,14 @@ from experiments.errors import ExperimentError
 from experiments.records import RunFolder
 from experiments.runner import _command, _curve, execute
 from experiments.tasks.causal_lm import CausalLM
-from tests.experiments.helpers import ROOT, SHORT, Compose, outcome, without_clocks
+from tests.experiments.helpers import ROOT, SHORT, Compose, outcome, without_clocks, write_problems
+
+BRIEF = (
+    *SHORT,
+    "training.max_steps=1",
+    "evaluation.harness={}",
+    "evaluation.before_training=false",
+)
 
 
 def _interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +81,8 @@ def test_a_finished_run_is_left_alone_unless_forced_and_then_kept(
     execute(config)
     first = RunFolder(config).finished_record()
     execute(config)
-    assert "already finished" in capsys.readouterr().out
+    how = f"on {first['hardware']['cpu']} in fp32"
+    assert f"already finished {how}; force=true" in capsys.readouterr().out
     assert RunFolder(config).finished_record() == first
     (copy,) = Path(config.results_dir, "records").glob("*.json")
     copy.unlink()
@@ -194,6 +203,10 @@ def test_checkpoints_that_cannot_be_used_are_refused_and_kept(
     torch.save({**payload, "config_hash": "0123456789"}, paths[0])
     with pytest.raises(ExperimentError, match=r"config_hash is 0123456789.*force=true"):
         execute(config)
+    without = {name: payload[name] for name in payload if name not in ("data_digest", "precision")}
+    torch.save(without, paths[0])
+    with pytest.raises(ExperimentError, match=r"not say its data_digest and precision.*force=true"):
+        execute(config)
     for path in paths:
         path.write_bytes(b"not a checkpoint")
     with pytest.raises(ExperimentError, match=r"no checkpoint in it can be read.*force=true"):
@@ -203,6 +216,41 @@ def test_checkpoints_that_cannot_be_used_are_refused_and_kept(
     assert RunFolder(config).finished_record() is not None
     kept = RunFolder(config).path.parent.rglob("step-*.pt")
     assert sorted(path.name for path in kept) == sorted(path.name for path in paths)
+
+
+def test_a_run_does_not_go_on_with_other_data(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One number of one row is another one; the config, and so the folder, is the same."""
+    write_problems(tmp_path / "gsm8k", num_train=16, num_test=2)
+    config = composed(*BRIEF, f"dataset.path={tmp_path / 'gsm8k'}")
+    _interrupted(config, monkeypatch)
+    rows = tmp_path / "gsm8k/train.jsonl"
+    text = rows.read_text()
+    *_, last = re.finditer(r"\d", text)
+    rows.write_text(text[: last.start()] + str((int(last[0]) + 1) % 10) + text[last.end() :])
+    with pytest.raises(ExperimentError, match=r"data_digest is \w+, .*force=true .*results_dir"):
+        execute(config)
+    rows.write_text(text)
+    rows.touch()
+    execute(config)
+    record = RunFolder(config).finished_record()
+    assert record is not None
+    assert len(record["data_digest"]) == 16
+
+
+def test_a_run_does_not_go_on_in_another_precision(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The automatic one is bf16 where there is a GPU, and was fp32 where the run began."""
+    config = composed(*BRIEF, "hardware=auto")
+    _interrupted(config, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(hardware, "resolve_precision", lambda _: "bf16")
+        with pytest.raises(ExperimentError, match=r"precision is fp32, this run's is bf16; use fo"):
+            execute(config)
+    execute(config)
+    assert RunFolder(config).finished_record() is not None
 
 
 def test_a_run_that_another_process_has_is_refused(composed: Compose) -> None:
@@ -534,7 +582,7 @@ def test_a_single_evaluated_sample_has_no_standard_error(
 def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     model = torch.nn.Linear(1, 1)
     for step in (1, 2, 3):
-        progress = checkpoints.Progress("hash", "generated", step, {}, {})
+        progress = checkpoints.Progress("hash", "generated", "digest", "fp32", step, {}, {})
         checkpoints.save(tmp_path, progress, model, torch.optim.SGD(model.parameters()), False)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
         "step-00000002.pt",
