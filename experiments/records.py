@@ -126,6 +126,11 @@ class RunFolder:
         with atomic.explained(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
+    def sync_metrics(self) -> None:
+        """Returns when all that was appended is on the disk."""
+        with atomic.explained(self._metrics), self._metrics.open("rb") as file:
+            os.fsync(file.fileno())
+
     def metrics(self) -> list[dict[str, Any]]:
         """All complete lines of metrics.jsonl; a kill may have cut the last one short."""
         return status.read_lines(self._metrics)

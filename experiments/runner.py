@@ -115,10 +115,15 @@ def _run(
         activations.enable_checkpointing(task.model, config.hardware)
     parallel = Parallel(task, config, machine)
     optimizer = optimizers.build(task.model, config.optimizer)
-    setup = training.Setup(config, machine, task, parallel, optimizer, started)
-    checkpoint = distributed.from_rank_0(
-        lambda: checkpoints.newest(run.checkpoints, setup.identity(run))
-    )
+    identity = {
+        "config_hash": run.hash,
+        "data_source": task.data_source,
+        "data_digest": task.data_digest,
+        "precision": machine.precision,
+    }
+    checkpoint = distributed.from_rank_0(lambda: checkpoints.newest(run.checkpoints, identity))
+    began = started - _kept_s(run, checkpoint)
+    setup = training.Setup(config, machine, task, parallel, optimizer, identity, began)
     print(summary.of_start(config, task, machine, run.path, checkpoint))
 
     if is_first:
@@ -156,7 +161,7 @@ def _train_and_evaluate(
     """The run from its first evaluation to its record, of which ``origin`` is a part."""
     config, task, machine = setup.config, setup.task, setup.hardware
     before = _evaluation_before(setup, run, log)
-    totals = training.train(setup, run, checkpoint, log, signals)
+    num_steps, totals = training.train(setup, run, checkpoint, log, signals)
     losses = distributed.from_rank_0(
         lambda: [m["train/loss"] for m in run.metrics() if "train/loss" in m]
     )
@@ -165,9 +170,8 @@ def _train_and_evaluate(
     if after and not math.isfinite(after["loss"]):  # the last update broke the weights
         has_diverged, after = True, {}
     if after:
-        log({"step": len(losses), **_prefixed("eval", after)})
+        log({"step": num_steps, "time/evaluation_s": evaluation_s, **_prefixed("eval", after)})
     finite_losses = [loss for loss in losses if math.isfinite(loss)]
-    earlier_s = 0.0 if checkpoint is None else checkpoint.progress.totals["training_s"]
     state_bytes = optimizers.measured_state_bytes(setup.optimizer)
     return {
         "status": "diverged" if has_diverged else "finished",
@@ -186,20 +190,24 @@ def _train_and_evaluate(
         "num_params": sum(p.numel() for p in task.model.parameters()),
         "num_examples": task.num_examples,
         "num_overlong_examples": task.num_overlong_examples,
-        "num_steps": len(losses),
+        "num_steps": num_steps,
         "num_units": totals.num_units,
         "unit": task.unit,
         "metrics": {
             **_loss_metrics(finite_losses),
-            **_prefixed("eval_before", before),
+            **{
+                name.replace("eval/", "eval_before/", 1): value
+                for name, value in before.items()
+                if name.startswith("eval/")
+            },
             **_prefixed("eval", after),
             "memory/state_bytes": setup.parallel.whole_bytes(state_bytes),
             "memory/peak_bytes": machine.peak_bytes(),
             "time/training_s": totals.training_s,
             "time/optimizer_s": totals.optimizer_s,
             "time/checkpoint_s": totals.checkpoint_s,
-            "time/evaluation_s": evaluation_s,
-            "time/wall_s": time.perf_counter() - setup.started + earlier_s,
+            "time/evaluation_s": before.get("time/evaluation_s", 0.0) + evaluation_s,
+            "time/wall_s": setup.wall_s,
         },
         "curve": _curve(finite_losses),
         "hardware": machine.describe(),
@@ -207,18 +215,31 @@ def _train_and_evaluate(
     }
 
 
+def _kept_s(run: RunFolder, checkpoint: Checkpoint | None) -> float:
+    """Seconds of earlier processes that this one need not spend again."""
+    if checkpoint is not None:
+        return checkpoint.progress.totals["wall_s"]
+    return _logged_before(run).get("time/evaluation_s", 0.0)
+
+
+def _logged_before(run: RunFolder) -> dict[str, Any]:
+    """What an earlier process logged of the untrained model; empty where there was none."""
+    first = distributed.from_rank_0(lambda: run.metrics()[:1])
+    return first[0] if first and first[0]["step"] == 0 else {}
+
+
 def _evaluation_before(
     setup: training.Setup, run: RunFolder, log: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """The metrics of the untrained model; a run that goes on finds them in its own log."""
+    """What is logged of the untrained model; a run that goes on finds it in its own log."""
     if not setup.config.evaluation.before_training:
         return {}
-    for logged in distributed.from_rank_0(lambda: run.metrics()[:1]):
-        if logged["step"] == 0:
-            return {k.removeprefix("eval/"): v for k, v in logged.items() if k != "step"}
-    before, _ = _evaluate(setup)
-    log({"step": 0, **_prefixed("eval", before)})
-    return before
+    logged = _logged_before(run)
+    if not logged:
+        metrics, seconds = _evaluate(setup)
+        logged = {"step": 0, "time/evaluation_s": seconds, **_prefixed("eval", metrics)}
+        log(logged)
+    return logged
 
 
 def _evaluate(setup: training.Setup) -> tuple[dict[str, Any], float]:

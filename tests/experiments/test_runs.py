@@ -32,7 +32,6 @@ from tests.experiments.helpers import ROOT, SHORT, Compose, outcome, without_clo
 BRIEF = (
     *SHORT,
     "training.max_steps=1",
-    "evaluation.harness={}",
     "evaluation.before_training=false",
 )
 
@@ -216,6 +215,70 @@ def test_checkpoints_that_cannot_be_used_are_refused_and_kept(
     assert RunFolder(config).finished_record() is not None
     kept = RunFolder(config).path.parent.rglob("step-*.pt")
     assert sorted(path.name for path in kept) == sorted(path.name for path in paths)
+
+
+@pytest.mark.parametrize("stops_at", ["first step", "end"])
+def test_the_times_of_a_run_that_went_on_are_of_all_its_processes(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, stops_at: str
+) -> None:
+    """Of earlier processes it was the training alone."""
+    evaluation_s = 0.4
+
+    def evaluate(_: CausalLM) -> dict[str, float]:
+        time.sleep(evaluation_s)
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(CausalLM, "evaluate", evaluate)
+    config = composed(*SHORT, "training.max_steps=2")
+    kept_s = evaluation_s
+    if stops_at == "end":
+        newest, *_ = _interrupted(config, monkeypatch)
+        totals = torch.load(newest, weights_only=True)["totals"]
+        kept_s = totals["wall_s"]
+        assert kept_s > evaluation_s + totals["training_s"]
+    else:
+        with monkeypatch.context() as patch:
+            _interrupt_at(1, patch)
+            with pytest.raises(KeyboardInterrupt):
+                execute(config)
+    execute(config)
+    record = RunFolder(config).finished_record()
+    assert record is not None
+    metrics = record["metrics"]
+    assert metrics["time/evaluation_s"] >= 2 * evaluation_s
+    assert metrics["time/wall_s"] >= kept_s + evaluation_s
+    assert metrics["time/wall_s"] > metrics["time/evaluation_s"] + metrics["time/training_s"]
+
+
+def test_a_record_counts_the_steps_that_were_taken_not_the_lines_of_the_log(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed(*BRIEF, "training.max_steps=3")
+    _interrupted(config, monkeypatch)
+    log = RunFolder(config).path / "metrics.jsonl"
+    first, _, third, *_ = log.read_text().splitlines(keepends=True)
+    log.write_text(first + third)
+    execute(config)
+    record = RunFolder(config).finished_record()
+    assert record is not None
+    assert record["num_steps"] == 3
+
+
+def test_the_metrics_are_on_the_disk_before_the_checkpoint(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that goes down left a checkpoint of steps that the log did not have."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def fsync_and_note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync_and_note)
+    execute(composed(*BRIEF))
+    (checkpoint,) = (i for i, name in enumerate(synced) if name.startswith(".step-"))
+    assert synced[:checkpoint].count("metrics.jsonl") == 1
 
 
 def test_a_run_does_not_go_on_with_other_data(
@@ -506,7 +569,7 @@ def test_wandb_is_told_what_a_run_is_and_how_it_ended(
     monkeypatch.setattr("wandb.init", init)
     if stopped_by is not None:
         monkeypatch.setattr(RunFolder, "finish", stop)
-    config = composed(*SHORT, "training.max_steps=1", "evaluation.harness={}", "logger=wandb")
+    config = composed(*BRIEF, "logger=wandb")
     with nullcontext() if stopped_by is None else pytest.raises(stopped_by):
         execute(config)
     (run,) = started
