@@ -97,7 +97,6 @@ def _run(
     # The commit now: the checkout may have moved on when the run ends.
     origin = {"command": _command(overrides), **provenance()}
     is_first = distributed.rank() == 0
-    machine.forget_peak()
     torch.manual_seed(config.seed)
     chosen_task = tasks.chosen(config)
     optimizers.check(config.optimizer)
@@ -159,7 +158,7 @@ def _train_and_evaluate(
     origin: dict[str, Any],
 ) -> dict[str, Any]:
     """The run from its first evaluation to its record, of which ``origin`` is a part."""
-    config, task, machine = setup.config, setup.task, setup.hardware
+    config, task = setup.config, setup.task
     before = _evaluation_before(setup, run, log)
     num_steps, totals = training.train(setup, run, checkpoint, log, signals)
     losses = distributed.from_rank_0(
@@ -193,6 +192,7 @@ def _train_and_evaluate(
         "num_steps": num_steps,
         "num_units": totals.num_units,
         "unit": task.unit,
+        "peak_memory_of": totals.peak_memory_of,
         "metrics": {
             **_loss_metrics(finite_losses),
             **{
@@ -202,7 +202,7 @@ def _train_and_evaluate(
             },
             **_prefixed("eval", after),
             "memory/state_bytes": setup.parallel.whole_bytes(state_bytes),
-            "memory/peak_bytes": machine.peak_bytes(),
+            "memory/peak_bytes": totals.peak_bytes,
             "time/training_s": totals.training_s,
             "time/optimizer_s": totals.optimizer_s,
             "time/checkpoint_s": totals.checkpoint_s,
@@ -210,7 +210,7 @@ def _train_and_evaluate(
             "time/wall_s": setup.wall_s,
         },
         "curve": _curve(finite_losses),
-        "hardware": machine.describe(),
+        "hardware": setup.hardware.describe(),
         "config": without_places(config),
     }
 

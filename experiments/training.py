@@ -58,6 +58,8 @@ class Totals:
     checkpoint_s: float = 0.0
     wall_s: float = 0.0  # of the whole run
     num_units: int = 0
+    peak_bytes: int = 0  # the most memory held
+    peak_memory_of: str = "training"  # or process: a system may not tell the two apart
 
 
 def train(
@@ -112,6 +114,8 @@ def train(
     if training.gradient_release:
         release = ReleasedStep(task.model, optimizer, training, setup.hardware)  # type: ignore[arg-type]
     task.model.train()
+    if not setup.hardware.forget_peak():
+        totals.peak_memory_of = "process"
     bar = progress_bar("train", last_step, "step", initial=num_done, disable=rank > 0)
     with bar, interruption.deferred():
         batches_of_steps = task.steps(order, num_done, last_step)
@@ -187,6 +191,7 @@ def _step(
     totals.training_s += step_s
     totals.optimizer_s += optimizer_s
     totals.num_units += int(num_units)
+    totals.peak_bytes = max(totals.peak_bytes, hardware.peak_bytes())
     return {
         "train/loss": loss_value,
         "train/grad_norm": grad_norm.item(),
@@ -194,7 +199,7 @@ def _step(
         "time/step_s": step_s,
         "time/optimizer_s": optimizer_s,
         f"speed/{setup.task.unit}_per_s": num_units / step_s,
-        "memory/peak_bytes": hardware.peak_bytes(),
+        "memory/peak_bytes": totals.peak_bytes,
     }
 
 

@@ -66,6 +66,14 @@ class Record:
         return self.values["hardware"].get("num_processes", 1)
 
     @property
+    def peak_memory_of(self) -> str:
+        """training, or process: what its peak memory is the peak of.
+
+        Records from before it was measured in training alone do not say.
+        """
+        return self.values.get("peak_memory_of", "process")
+
+    @property
     def machine(self) -> str:
         """GPUs or CPU and precision, as a table names them."""
         hardware = self.values["hardware"]

@@ -250,6 +250,48 @@ def test_the_times_of_a_run_that_went_on_are_of_all_its_processes(
     assert metrics["time/wall_s"] > metrics["time/evaluation_s"] + metrics["time/training_s"]
 
 
+@pytest.mark.parametrize(("can_forget", "peak_of"), [(True, "training"), (False, "process")])
+def test_the_peak_memory_of_a_run_is_that_of_its_training(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, can_forget: bool, peak_of: str
+) -> None:
+    """What the evaluation took hid on a GPU what tables compare. The run is interrupted, and the
+    process that goes on takes less than the first."""
+    held, in_training, in_evaluation = [0], [20, 10], 30
+
+    def forget(_: hardware.Hardware) -> bool:
+        if can_forget:
+            held[0] = in_training.pop(0)
+        return can_forget
+
+    def evaluate(_: CausalLM) -> dict[str, float]:
+        held[0] = in_evaluation
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(hardware.Hardware, "forget_peak", forget)
+    monkeypatch.setattr(hardware.Hardware, "peak_bytes", lambda _: held[0])
+    monkeypatch.setattr(CausalLM, "evaluate", evaluate)
+    config = composed(*SHORT, "training.max_steps=2", "training.checkpoint_every_steps=1")
+    with monkeypatch.context() as patch:
+        _interrupt_at(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            execute(config)
+    execute(config)
+    record = RunFolder(config).finished_record()
+    assert record is not None
+    assert record["metrics"]["memory/peak_bytes"] == (20 if can_forget else in_evaluation)
+    assert record["peak_memory_of"] == peak_of
+
+
+def test_a_process_that_may_not_forget_its_peak_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine = hardware.Hardware(torch.device("cpu"), "fp32")
+    monkeypatch.setattr(hardware, "_CLEAR_REFS", tmp_path / "file")
+    assert machine.forget_peak()
+    monkeypatch.setattr(hardware, "_CLEAR_REFS", tmp_path / "not/there")
+    assert not machine.forget_peak()
+
+
 def test_a_record_counts_the_steps_that_were_taken_not_the_lines_of_the_log(
     composed: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
