@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 import zipfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ class Progress:
 
     config_hash: str
     data_source: str
+    data_digest: str
+    precision: str
     step: int
     totals: dict[str, Any]
     schedule: dict[str, Any]
@@ -88,11 +91,14 @@ def save(
     distributed.barrier()
 
 
-def newest(folder: Path, config_hash: str, data_source: str) -> Checkpoint | None:
+def newest(folder: Path, identity: Mapping[str, str]) -> Checkpoint | None:
     """The newest checkpoint whose checksums are right, or None where there is none yet.
 
+    Args:
+        identity: of the run, by name of a field of `Progress`: what makes a checkpoint its own.
+
     Raises:
-        ExperimentError: all are damaged, or the newest belongs to another config or data source.
+        ExperimentError: all are damaged, or the newest belongs to another run or does not say.
     """
     for partial in folder.glob(".step-*.partial"):
         _remove(partial)  # of a process that was killed
@@ -102,12 +108,12 @@ def newest(folder: Path, config_hash: str, data_source: str) -> Checkpoint | Non
         if progress is None:
             print(f"checkpoint: {path} is damaged or cut short, trying the one before it")
             continue
-        for name, expected in (("config_hash", config_hash), ("data_source", data_source)):
+        for name, expected in identity.items():
             found = getattr(progress, name)
             if found != expected:
                 raise ExperimentError(
                     f"{path}: its {name} is {found}, this run's is {expected}; use force=true to "
-                    "start anew (the folder is kept under another name)"
+                    "start anew (the folder is kept under another name), or another results_dir"
                 )
         return Checkpoint(path, progress)
     if paths:
@@ -150,8 +156,19 @@ def _checked(path: Path) -> Progress | None:
                 return None
     except (zipfile.BadZipFile, EOFError):
         return None
-    saved = _read(path)
-    return Progress(**{field.name: saved[field.name] for field in fields(Progress)})
+    return _progress(path, _read(path))
+
+
+def _progress(path: Path, saved: Mapping[str, Any]) -> Progress:
+    names = [field.name for field in fields(Progress)]
+    missing = [name for name in names if name not in saved]
+    if missing:
+        raise ExperimentError(
+            f"{path}: it does not say its {' and '.join(missing)}, as an earlier version wrote it; "
+            "finish the run with that version, or use force=true to start anew (the folder is kept "
+            "under another name)"
+        )
+    return Progress(**{name: saved[name] for name in names})
 
 
 def _save_shards(path: Path, progress: Progress, model: Module, optimizer: Optimizer) -> None:
@@ -204,7 +221,7 @@ def _checked_shards(path: Path) -> Progress | None:
             return None
     except (FileNotFoundError, ValueError):  # a file is gone, or the manifest is no JSON
         return None
-    return Progress(**json.loads((path / _PROGRESS).read_bytes()))
+    return _progress(path, json.loads((path / _PROGRESS).read_bytes()))
 
 
 def _load_shards(path: Path, model: Module, optimizer: Optimizer) -> None:

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -90,7 +91,11 @@ def started(config: RunConfig, hardware: Hardware) -> Iterator[None]:
     global _patient
     _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
     try:
-        with redirect_stdout(sys.stdout if rank() == 0 else None):
+        # Not None, on which a library's sys.stdout.write would fail.
+        with (
+            Path(os.devnull).open("w") as nowhere,
+            redirect_stdout(sys.stdout if rank() == 0 else nowhere),
+        ):
             yield
     except BaseException as error:
         is_first = _is_first_failure(store)

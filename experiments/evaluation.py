@@ -53,6 +53,7 @@ class _Task:
     splits: dict[str, str | None]  # the split for each of _SPLITS, None where it is not needed
     rows: dict[str, list[text.Row]]
     overrides: dict[str, Any]
+    generates: bool  # answers, rather than choosing among those that are given
 
     @property
     def num_rows(self) -> int:
@@ -92,6 +93,25 @@ class Harness:
         for name, task_config in config.harness.items():
             self._sources[name], self._tasks[name] = _load(name, task_config)
 
+    def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuses a model that `evaluate` could not evaluate, so that no training is in vain.
+
+        Raises:
+            ExperimentError: answers may be longer than the model has room for.
+        """
+        if any(task.generates for tasks in self._tasks.values() for task in tasks):
+            room = self._language_model(model, tokenizer).max_length
+            require(
+                self._config.max_new_tokens < room,
+                "evaluation.max_new_tokens",
+                self._config.max_new_tokens,
+                f"the model has room for {room} tokens, the prompt's included",
+            )
+
+    def _language_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> HFLM:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._config.batch_size)
+
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, Any]:
@@ -104,13 +124,12 @@ class Harness:
             (versions).
 
         Raises:
-            ExperimentError: answers may be longer than the model has room for.
             RuntimeError: the harness evaluated other tasks or another number of examples than was
                 asked for.
         """
         if not self._tasks:
             return {}
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        lm = self._language_model(model, tokenizer)
         datasets.disable_progress_bars()
         with TemporaryDirectory() as folder:
             for name, tasks in self._tasks.items():
@@ -120,16 +139,9 @@ class Harness:
                     self._write_group(name, Path(folder))
             manager = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False)
             loaded = manager.load(list(self._tasks))
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._config.batch_size)
             for task in loaded["tasks"].values():
                 task.set_fewshot_seed(_FEWSHOT_SEED)
                 if task.OUTPUT_TYPE == "generate_until":
-                    require(
-                        self._config.max_new_tokens < lm.max_length,
-                        "evaluation.max_new_tokens",
-                        self._config.max_new_tokens,
-                        f"the model has room for {lm.max_length} tokens, the prompt's included",
-                    )
                     limit = {"max_gen_toks": self._config.max_new_tokens}
                     task.set_config("generation_kwargs", limit, update=True)
             # Not simple_evaluate: it also seeds every generator and asks git about this folder.
@@ -219,7 +231,8 @@ def _load(name: str, config: HarnessTaskConfig) -> tuple[str, list[_Task]]:
                 f"split {fewshot} has only {len(own[fewshot])} examples for {member.name}",
             )
             overrides = {"num_fewshot": config.num_fewshot, **config.overrides}
-            tasks.append(_Task(member.name, member.yaml_path, splits, own, overrides))
+            generates = {**member.cfg, **overrides}["output_type"] == "generate_until"
+            tasks.append(_Task(member.name, member.yaml_path, splits, own, overrides, generates))
     return data.source, tasks
 
 

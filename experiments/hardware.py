@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import resource
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,18 +42,22 @@ class Hardware:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def forget_peak(self) -> None:
-        """Begins a new peak, where the process has done another run before."""
+    def forget_peak(self) -> bool:
+        """Begins a new peak, and says whether it could: macOS and some containers do not let a
+        process forget its own."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif _CLEAR_REFS.exists():
-            with suppress(OSError):  # not every container lets a process do that
-                _CLEAR_REFS.write_text(_CLEAR_PEAK)
+            return True
+        try:
+            _CLEAR_REFS.write_text(_CLEAR_PEAK)
+        except OSError:
+            return False
+        return True
 
     def peak_bytes(self) -> int:
         """Most memory held since `forget_peak`: allocated on the GPU, or resident in this process.
 
-        Where the system has no such peak, as macOS, since the process began.
+        Where `forget_peak` could not begin a new one, since the process began.
         """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)

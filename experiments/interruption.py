@@ -29,8 +29,11 @@ class Interruption:
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._waits = False
+        self._pid = os.getpid()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a worker that inherited this handler; the run ends its workers itself
         is_first = self.signal_name is None
         self.signal_name = signal.Signals(number).name
         if not self._waits:

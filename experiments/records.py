@@ -46,13 +46,14 @@ class RunFolder:
         self.hash = run_hash(config)
         names = (config.task.name, config.model.name, config.optimizer.name, self.hash)
         results = Path(config.results_dir)
+        self.name = "-".join(names)
         self.path = results.joinpath("runs", *names)
         self.checkpoints = self.path / "checkpoint"
         self.model = self.path / "model"
         self._metrics = self.path / "metrics.jsonl"
         self._record = self.path / "record.json"
         self._error = self.path / "error.txt"
-        self._committed_record = results / "records" / ("-".join(names) + ".json")
+        self._committed_record = results / "records" / f"{self.name}.json"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -125,6 +126,11 @@ class RunFolder:
         with atomic.explained(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
+    def sync_metrics(self) -> None:
+        """Returns when all that was appended is on the disk."""
+        with atomic.explained(self._metrics), self._metrics.open("rb") as file:
+            os.fsync(file.fileno())
+
     def metrics(self) -> list[dict[str, Any]]:
         """All complete lines of metrics.jsonl; a kill may have cut the last one short."""
         return status.read_lines(self._metrics)
@@ -189,7 +195,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 class Mirror:
-    """Sends metrics to Weights & Biases."""
+    """Sends metrics to Weights & Biases while its block runs, and whether that ended well."""
 
     def __init__(self, run: RunFolder, config: RunConfig) -> None:
         import wandb
@@ -199,6 +205,7 @@ class Mirror:
                 project=config.logger.project,
                 mode="offline" if config.logger.mode == "offline" else "online",
                 id=run.attempt,
+                name=run.name,
                 resume="allow",
                 dir=run.path,
                 config=dataclasses.asdict(config),
@@ -207,8 +214,15 @@ class Mirror:
             reason = str(error).rstrip(".")
             raise ExperimentError(f"logger=wandb: {reason}; or set logger.mode=offline") from error
 
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._wandb_run.finish(exit_code=0 if kind is None else 1)
+
     def log(self, metrics: dict[str, Any]) -> None:
         self._wandb_run.log(metrics, step=metrics["step"])
 
-    def close(self) -> None:
-        self._wandb_run.finish()
+    def summarize(self, record: dict[str, Any]) -> None:
+        """What a table of runs shows of this one."""
+        self._wandb_run.summary.update({"status": record["status"], **record["metrics"]})

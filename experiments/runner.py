@@ -28,6 +28,7 @@ from experiments import (
     tasks,
     training,
 )
+from experiments.checkpoints import Checkpoint
 from experiments.config import RunConfig, without_places
 from experiments.distributed import Parallel
 from experiments.errors import require
@@ -78,7 +79,9 @@ def _earlier_record(config: RunConfig, run: RunFolder) -> dict[str, Any] | None:
         print(f"force=true: what was there is kept as {run.set_aside()}")
     record = run.finished_record()
     if record is not None:
-        print(f"already {record['status']}; force=true runs it again\n")
+        of_run = record["hardware"]
+        how = f"on {of_run['gpu'] or of_run['cpu']} in {of_run['precision']}"
+        print(f"already {record['status']} {how}; force=true runs it again\n")
         run.restore_copy(record)
     return record
 
@@ -91,9 +94,9 @@ def _run(
     signals: Interruption,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    code = provenance()  # now: the checkout may have moved on when the run ends
+    # The commit now: the checkout may have moved on when the run ends.
+    origin = {"command": _command(overrides), **provenance()}
     is_first = distributed.rank() == 0
-    machine.forget_peak()
     torch.manual_seed(config.seed)
     chosen_task = tasks.chosen(config)
     optimizers.check(config.optimizer)
@@ -101,19 +104,25 @@ def _run(
         run.start(config)
         print(f"loading {config.dataset.name} and {config.model.name}", flush=True)
     task = chosen_task(config, machine)
-    found = distributed.from_all((task.data_source, task.num_examples))
+    found = distributed.from_all((task.data_source, task.num_examples, task.data_digest))
     remedy = (
-        f"the processes found different data ({found}); set dataset.source to one of the sources"
+        f"the processes found different data ({found}); set dataset.source to one of the sources, "
+        "and give each process the same files"
     )
     require(len(set(found)) == 1, "dataset.source", config.dataset.source, remedy)
     if config.hardware.activation_checkpointing:
         activations.enable_checkpointing(task.model, config.hardware)
     parallel = Parallel(task, config, machine)
     optimizer = optimizers.build(task.model, config.optimizer)
-    setup = training.Setup(config, machine, task, parallel, optimizer)
-    checkpoint = distributed.from_rank_0(
-        lambda: checkpoints.newest(run.checkpoints, run.hash, task.data_source)
-    )
+    identity = {
+        "config_hash": run.hash,
+        "data_source": task.data_source,
+        "data_digest": task.data_digest,
+        "precision": machine.precision,
+    }
+    checkpoint = distributed.from_rank_0(lambda: checkpoints.newest(run.checkpoints, identity))
+    began = started - _kept_s(run, checkpoint)
+    setup = training.Setup(config, machine, task, parallel, optimizer, identity, began)
     print(summary.of_start(config, task, machine, run.path, checkpoint))
 
     if is_first:
@@ -126,83 +135,111 @@ def _run(
         if mirror is not None:
             mirror.log(metrics)
 
-    try:
-        before = _evaluation_before(setup, run, log)
-        totals = training.train(setup, run, checkpoint, log, signals)
-        losses = distributed.from_rank_0(
-            lambda: [m["train/loss"] for m in run.metrics() if "train/loss" in m]
-        )
-        has_diverged = not math.isfinite(losses[-1])
-        after, evaluation_s = ({}, 0.0) if has_diverged else _evaluate(setup)
-        if after and not math.isfinite(after["loss"]):  # the last update broke the weights
-            has_diverged, after = True, {}
-        if after:
-            log({"step": len(losses), **_prefixed("eval", after)})
-    finally:
+    with mirror or nullcontext():
+        record = _train_and_evaluate(setup, run, checkpoint, log, signals, origin)
+        if config.training.save_model and record["status"] == "finished":
+            with parallel.whole_model():
+                if is_first:
+                    task.save(run.model)
+        if is_first:
+            run.finish(record)
+            checkpoints.remove_all(run.checkpoints)
         if mirror is not None:
-            mirror.close()
+            mirror.summarize(record)
+    return record
 
+
+def _train_and_evaluate(
+    setup: training.Setup,
+    run: RunFolder,
+    checkpoint: Checkpoint | None,
+    log: Callable[[dict[str, Any]], None],
+    signals: Interruption,
+    origin: dict[str, Any],
+) -> dict[str, Any]:
+    """The run from its first evaluation to its record, of which ``origin`` is a part."""
+    config, task = setup.config, setup.task
+    before = _evaluation_before(setup, run, log)
+    num_steps, totals = training.train(setup, run, checkpoint, log, signals)
+    losses = distributed.from_rank_0(
+        lambda: [m["train/loss"] for m in run.metrics() if "train/loss" in m]
+    )
+    has_diverged = not math.isfinite(losses[-1])
+    after, evaluation_s = ({}, 0.0) if has_diverged else _evaluate(setup)
+    if after and not math.isfinite(after["loss"]):  # the last update broke the weights
+        has_diverged, after = True, {}
+    if after:
+        log({"step": num_steps, "time/evaluation_s": evaluation_s, **_prefixed("eval", after)})
     finite_losses = [loss for loss in losses if math.isfinite(loss)]
-    earlier_s = 0.0 if checkpoint is None else checkpoint.progress.totals["training_s"]
-    num_params = sum(p.numel() for p in task.model.parameters())
-    record = {
+    state_bytes = optimizers.measured_state_bytes(setup.optimizer)
+    return {
         "status": "diverged" if has_diverged else "finished",
         "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "run": run.hash,
-        "command": _command(overrides),
+        **origin,
         "task": config.task.name,
         "model": config.model.name,
         "optimizer": config.optimizer.name,
         "scale": config.scale,
         "seed": config.seed,
         "data_source": task.data_source,
+        "data_digest": task.data_digest,
         "data_loader": task.data_loader,
         "model_source": task.model_source,
-        "num_params": num_params,
+        "num_params": sum(p.numel() for p in task.model.parameters()),
         "num_examples": task.num_examples,
         "num_overlong_examples": task.num_overlong_examples,
-        "num_steps": len(losses),
+        "num_steps": num_steps,
         "num_units": totals.num_units,
         "unit": task.unit,
+        "peak_memory_of": totals.peak_memory_of,
         "metrics": {
             **_loss_metrics(finite_losses),
-            **_prefixed("eval_before", before),
+            **{
+                name.replace("eval/", "eval_before/", 1): value
+                for name, value in before.items()
+                if name.startswith("eval/")
+            },
             **_prefixed("eval", after),
-            "memory/state_bytes": parallel.whole_bytes(optimizers.measured_state_bytes(optimizer)),
-            "memory/peak_bytes": machine.peak_bytes(),
+            "memory/state_bytes": setup.parallel.whole_bytes(state_bytes),
+            "memory/peak_bytes": totals.peak_bytes,
             "time/training_s": totals.training_s,
             "time/optimizer_s": totals.optimizer_s,
             "time/checkpoint_s": totals.checkpoint_s,
-            "time/evaluation_s": evaluation_s,
-            "time/wall_s": time.perf_counter() - started + earlier_s,
+            "time/evaluation_s": before.get("time/evaluation_s", 0.0) + evaluation_s,
+            "time/wall_s": setup.wall_s,
         },
         "curve": _curve(finite_losses),
-        "hardware": machine.describe(),
-        **code,
+        "hardware": setup.hardware.describe(),
         "config": without_places(config),
     }
-    if config.training.save_model and not has_diverged:
-        with parallel.whole_model():
-            if is_first:
-                task.save(run.model)
-    if is_first:
-        run.finish(record)
-        checkpoints.remove_all(run.checkpoints)
-    return record
+
+
+def _kept_s(run: RunFolder, checkpoint: Checkpoint | None) -> float:
+    """Seconds of earlier processes that this one need not spend again."""
+    if checkpoint is not None:
+        return checkpoint.progress.totals["wall_s"]
+    return _logged_before(run).get("time/evaluation_s", 0.0)
+
+
+def _logged_before(run: RunFolder) -> dict[str, Any]:
+    """What an earlier process logged of the untrained model; empty where there was none."""
+    first = distributed.from_rank_0(lambda: run.metrics()[:1])
+    return first[0] if first and first[0]["step"] == 0 else {}
 
 
 def _evaluation_before(
     setup: training.Setup, run: RunFolder, log: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """The metrics of the untrained model; a run that goes on finds them in its own log."""
+    """What is logged of the untrained model; a run that goes on finds it in its own log."""
     if not setup.config.evaluation.before_training:
         return {}
-    for logged in distributed.from_rank_0(lambda: run.metrics()[:1]):
-        if logged["step"] == 0:
-            return {k.removeprefix("eval/"): v for k, v in logged.items() if k != "step"}
-    before, _ = _evaluate(setup)
-    log({"step": 0, **_prefixed("eval", before)})
-    return before
+    logged = _logged_before(run)
+    if not logged:
+        metrics, seconds = _evaluate(setup)
+        logged = {"step": 0, "time/evaluation_s": seconds, **_prefixed("eval", metrics)}
+        log(logged)
+    return logged
 
 
 def _evaluate(setup: training.Setup) -> tuple[dict[str, Any], float]:

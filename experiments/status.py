@@ -27,7 +27,7 @@ class RunStatus:
     state: str  # finished | diverged | running | failed | interrupted | not started | broken
     num_steps: int  # done
     num_steps_in_all: int | None  # None: not known yet
-    metrics: dict[str, Any]  # those of the record, or the latest logged
+    metrics: dict[str, Any]  # those of the record, or of the latest step
     config: dict[str, Any]
     error: str  # of a failed or broken run, else empty
     age_s: float  # since something was last written
@@ -47,7 +47,8 @@ def read(path: Path) -> RunStatus:
         error = str(broken)
     metrics: dict[str, Any] = {}
     for line in lines:
-        metrics |= line
+        # Several lines have the last step; an evaluation of an earlier one is not of this model.
+        metrics = (metrics if metrics.get("step") == line.get("step") else {}) | line
     written = [file.stat().st_mtime for file in path.glob("*") if file.is_file()]
     error_file = path / "error.txt"
     if error:

@@ -40,6 +40,13 @@ class Setup:
     task: Task
     parallel: Parallel  # has the task's model
     optimizer: torch.optim.Optimizer
+    identity: dict[str, str]  # what a checkpoint must share with the run, see `checkpoints.newest`
+    began: float  # time.perf_counter() when the run began, had one process done it all
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of the run so far, without what interruptions made it repeat."""
+        return time.perf_counter() - self.began
 
 
 @dataclass
@@ -49,7 +56,10 @@ class Totals:
     training_s: float = 0.0
     optimizer_s: float = 0.0
     checkpoint_s: float = 0.0
+    wall_s: float = 0.0  # of the whole run
     num_units: int = 0
+    peak_bytes: int = 0  # the most memory held
+    peak_memory_of: str = "training"  # or process: a system may not tell the two apart
 
 
 def train(
@@ -58,10 +68,13 @@ def train(
     checkpoint: Checkpoint | None,
     log: Callable[[dict[str, Any]], None],
     interruption: Interruption,
-) -> Totals:
+) -> tuple[int, Totals]:
     """Trains to the last step, from ``checkpoint`` where there is one.
 
     A loss that is no longer finite ends the training; it is then the last in the run's metrics.
+
+    Returns:
+        How many steps the run took, and their totals.
 
     Raises:
         KeyboardInterrupt, SystemExit: a signal came; a checkpoint of the last full step is there.
@@ -75,17 +88,23 @@ def train(
         _SCHEDULES[training.schedule], optimizer, training.warmup_steps, last_step
     )
     totals = Totals()
-    first_step = 0
+    num_done = 0
     if checkpoint is not None:
-        first_step = checkpoint.progress.step
+        num_done = checkpoint.progress.step
         totals = Totals(**checkpoint.progress.totals)
         checkpoint.restore(task.model, optimizer)
         schedule.load_state_dict(checkpoint.progress.schedule)
 
     def save_checkpoint(step: int) -> None:
         started = time.perf_counter()
+        totals.wall_s = setup.wall_s
+        if rank == 0:
+            run.sync_metrics()  # no checkpoint is ahead of the metrics
         progress = checkpoints.Progress(
-            run.hash, task.data_source, step, dataclasses.asdict(totals), schedule.state_dict()
+            **setup.identity,
+            step=step,
+            totals=dataclasses.asdict(totals),
+            schedule=schedule.state_dict(),
         )
         is_sharded = config.hardware.parallel == "fsdp2"
         checkpoints.save(run.checkpoints, progress, task.model, optimizer, is_sharded)
@@ -95,20 +114,23 @@ def train(
     if training.gradient_release:
         release = ReleasedStep(task.model, optimizer, training, setup.hardware)  # type: ignore[arg-type]
     task.model.train()
-    bar = progress_bar("train", last_step, "step", initial=first_step, disable=rank > 0)
+    if not setup.hardware.forget_peak():
+        totals.peak_memory_of = "process"
+    bar = progress_bar("train", last_step, "step", initial=num_done, disable=rank > 0)
     with bar, interruption.deferred():
-        batches_of_steps = task.steps(order, first_step, last_step)
-        for step in range(first_step, last_step):
+        batches_of_steps = task.steps(order, num_done, last_step)
+        for step in range(num_done, last_step):
             # What is random in a step depends on these alone, so a checkpoint holds no generator.
             torch.manual_seed(((config.seed * 1_000_003 + step) * 1_009 + rank) % 2**63)
             metrics = _step(setup, release, batches_of_steps, totals)
             schedule.step()
-            metrics |= {"step": step + 1, "num_steps": last_step}
+            num_done = step + 1
+            metrics |= {"step": num_done, "num_steps": last_step}
             log(metrics)
             if not math.isfinite(metrics["train/loss"]):
                 if rank == 0:
                     tqdm.write(
-                        f"diverged: the loss became {metrics['train/loss']} at step {step + 1} "
+                        f"diverged: the loss became {metrics['train/loss']} at step {num_done} "
                         f"with optimizer.lr={config.optimizer.lr:g}; try a smaller learning rate",
                         sys.stderr,
                     )
@@ -121,17 +143,17 @@ def train(
             bar.update()
             (num_signals,) = distributed.summed(interruption.signal_name is not None)
             if (
-                (step + 1) % training.checkpoint_every_steps == 0
-                or step + 1 == last_step
+                num_done % training.checkpoint_every_steps == 0
+                or num_done == last_step
                 or num_signals
             ):
-                save_checkpoint(step + 1)
+                save_checkpoint(num_done)
             if num_signals:
-                interruption.exit(f"the checkpoint of step {step + 1} is written")
+                interruption.exit(f"the checkpoint of step {num_done} is written")
     (num_signals,) = distributed.summed(interruption.signal_name is not None)
     if num_signals:  # it came while the last checkpoint was written
         interruption.exit("the last checkpoint is written")
-    return totals
+    return num_done, totals
 
 
 def _step(
@@ -169,6 +191,7 @@ def _step(
     totals.training_s += step_s
     totals.optimizer_s += optimizer_s
     totals.num_units += int(num_units)
+    totals.peak_bytes = max(totals.peak_bytes, hardware.peak_bytes())
     return {
         "train/loss": loss_value,
         "train/grad_norm": grad_norm.item(),
@@ -176,7 +199,7 @@ def _step(
         "time/step_s": step_s,
         "time/optimizer_s": optimizer_s,
         f"speed/{setup.task.unit}_per_s": num_units / step_s,
-        "memory/peak_bytes": hardware.peak_bytes(),
+        "memory/peak_bytes": totals.peak_bytes,
     }
 
 

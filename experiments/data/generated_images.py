@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from experiments.data.digest import digest
+
 
 class Patterns:
     """Noisy gratings, 32 pixels a side: a class is an angle and a colour."""
@@ -17,6 +19,10 @@ class Patterns:
     @property
     def identity(self) -> str:
         return f"patterns {self._split} {self._num_images} {self._num_classes}"
+
+    @property
+    def digest(self) -> str:
+        return digest([self.identity.encode()])
 
     def __len__(self) -> int:
         return self._num_images

@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 import random
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from experiments import hub
 from experiments.config import DatasetConfig, ImageConfig
+from experiments.data.digest import digest
 from experiments.data.generated_images import Patterns
 from experiments.errors import ExperimentError, reason
 
@@ -39,7 +42,11 @@ class Images(Protocol):
 
     @property
     def identity(self) -> str:
-        """Another one when the images change."""
+        """Another one when the images change, or the machine."""
+
+    @property
+    def digest(self) -> str:
+        """Another one when a label changes, or the name or the size of a file."""
 
     def __len__(self) -> int: ...
 
@@ -86,6 +93,13 @@ class Split:
     def __len__(self) -> int:
         return num_images_in(self.content) if isinstance(self.content, Path) else len(self.content)
 
+    @property
+    def digest(self) -> str:
+        """Another one when the images change: found without reading them, the same everywhere."""
+        if isinstance(self.content, Path):
+            return _digest_of_beton(self.content)
+        return self.content.digest
+
 
 def find(config: DatasetConfig, name: str) -> Split:
     """The split from the first source that has it.
@@ -111,7 +125,7 @@ def find(config: DatasetConfig, name: str) -> Split:
             return Split(name, "generated", _generated(config, name))
         raise config.not_found(why) from error
     identity = f"hub {config.hub_id} {name} {len(rows)}"
-    return Split(name, "hub", _Rows(rows, config, str(config.hub_id), identity))
+    return Split(name, "hub", _Rows(rows, config, str(config.hub_id), identity, identity))
 
 
 def open_loader(
@@ -192,6 +206,17 @@ def num_images_in(beton: Path) -> int:
     raise ExperimentError(f"{beton}: this .beton file is damaged or cut short; write it again")
 
 
+def _digest_of_beton(path: Path) -> str:
+    """Of everything in the file but the images: their labels, their sizes, and where they lie."""
+    table_bytes = 24 * num_images_in(path)
+    with path.open("rb") as file:
+        file.seek(-table_bytes, os.SEEK_END)
+        table = file.read()
+        first_image = np.frombuffer(table, "<u8").reshape(-1, 3)[:, 1].min()
+        file.seek(0)
+        return digest([file.read(int(first_image)), table])
+
+
 def _generated(config: DatasetConfig, name: str) -> Images:
     num_images = _NUM_GENERATED if name == config.splits[0] else _NUM_GENERATED // 4
     return Patterns(name, num_images, num_classes(config))
@@ -219,7 +244,8 @@ def _local(config: DatasetConfig, folder: Path, name: str) -> Images:
     try:
         if tables:
             rows = datasets.Dataset.from_parquet([str(path) for path in tables], cache_dir=cache)
-            return _Rows(rows, config, str(folder), f"{name} {_stamps(tables)}")
+            stamps, sizes = _stamps(tables)
+            return _Rows(rows, config, str(folder), f"{name} {stamps}", sizes)
         if classes:
             where = classes[0].parent
             rows = datasets.load_dataset(
@@ -234,8 +260,9 @@ def _local(config: DatasetConfig, folder: Path, name: str) -> Images:
             rows = _renumbered(rows, sorted(names)).shuffle(seed=0)
             columns = {"image": "image", "label": "int"}
             config = dataclasses.replace(config, columns=columns)
-            stamps = _stamps(where.rglob("*"))
-            return _Rows(rows, config, str(where), f"{name} {stamps} {sorted(names)} shuffled")
+            stamps, sizes = _stamps(where.rglob("*"))
+            identity = f"{name} {stamps} {sorted(names)} shuffled"
+            return _Rows(rows, config, str(where), identity, sizes)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ExperimentError(f"{folder}: the images of {name} cannot be read ({error})") from error
     raise ExperimentError(
@@ -258,18 +285,19 @@ def _renumbered(rows: datasets.Dataset, names: list[str]) -> datasets.Dataset:
     return rows.remove_columns("label").add_column("label", numbers[labels])
 
 
-def _stamps(paths: Iterable[Path]) -> str:
-    """Name, size and age of every file in one hash."""
-    stats = [(path.name, path.stat()) for path in sorted(paths)]
-    text = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _stamps(paths: Iterable[Path]) -> tuple[str, str]:
+    """Name, size and age of every file and folder in one hash; name and size of every file."""
+    found = [(path.name, path.stat()) for path in sorted(paths)]
+    with_ages = "\n".join(f"{name} {of.st_size} {of.st_mtime_ns}" for name, of in found)
+    files = (f"{name} {of.st_size}\n" for name, of in found if stat.S_ISREG(of.st_mode))
+    return digest([with_ages.encode()]), digest(file.encode() for file in files)
 
 
 class _Rows:
     """A `datasets.Dataset` with an image and a label in every row."""
 
     def __init__(
-        self, rows: datasets.Dataset, config: DatasetConfig, where: str, identity: str
+        self, rows: datasets.Dataset, config: DatasetConfig, where: str, identity: str, files: str
     ) -> None:
         import datasets
 
@@ -288,6 +316,7 @@ class _Rows:
             raise ExperimentError(f"{where}: column {self._label} must hold labels 0 to {highest}")
         self._rows = rows.cast_column(self._image, datasets.Image())
         self.identity = identity
+        self.digest = digest([files.encode(), labels.astype(np.int64).tobytes()])
 
     def __len__(self) -> int:
         return len(self._rows)

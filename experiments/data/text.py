@@ -16,6 +16,7 @@ from typing import Any
 from experiments import atomic, hub
 from experiments.config import DatasetConfig
 from experiments.data import choices, sentence_pairs, word_problems
+from experiments.data.digest import digest
 from experiments.errors import ExperimentError, reason, require
 
 Row = dict[str, Any]
@@ -50,6 +51,12 @@ class TextData:
 
     source: str  # local | hub | generated
     rows: dict[str, list[Row]]
+
+    @property
+    def digest(self) -> str:
+        """Another one when a row changes."""
+        rows = (row for of_split in self.rows.values() for row in of_split)
+        return digest(json.dumps(row, sort_keys=True).encode() for row in rows)
 
 
 def load(config: DatasetConfig, splits: Sequence[str] | None = None) -> TextData:

@@ -27,7 +27,7 @@ _DTYPES = {
 @dataclass(frozen=True)
 class Row:
     plan: dict[str, Any]  # one row of memory_plan.json
-    measured: Record | None  # of one GPU, with the same shapes and precision
+    measured: Record | None  # of training on one GPU, with the same shapes and precision
 
     @property
     def measured_bytes(self) -> int | None:
@@ -75,7 +75,7 @@ class MemoryTable:
             "state and the activations of one micro-batch of full length, taken to be alive "
             f"together. Setting: {hardware['name']}; parameters {parameters}. "
             + (
-                f"Measured, the most allocated: {'; '.join(sorted(machines))}."
+                f"Measured, the most allocated in training: {'; '.join(sorted(machines))}."
                 if machines
                 else "No GPU has measured these yet."
             )
@@ -91,7 +91,9 @@ def read(results_dir: Path) -> MemoryTable | None:
     of_one_gpu = [
         record
         for record in load(results_dir)
-        if record.values["hardware"]["device"] == "cuda" and record.num_processes == 1
+        if record.values["hardware"]["device"] == "cuda"
+        and record.num_processes == 1
+        and record.peak_memory_of == "training"
     ]
     rows = [Row(plan, _measured(plan, of_one_gpu)) for plan in planned["rows"]]
     return MemoryTable(planned["title"], rows)

@@ -24,6 +24,13 @@ _NOT_COMPARED = {
     "save_model",
 }
 
+# Keys of dictionaries whose keys are values, too, rather than names that this project gives: none
+# of them is there or missing because it was added or removed since.
+_FREE_FORM = {"architecture", "columns", "overrides"}
+_FREE_FORM_OF_SECTIONS = {"harness"}
+
+_AUTO_PRECISION = {"cuda": "bf16", "cpu": "fp32"}  # as `experiments.hardware.resolve_precision`
+
 
 @dataclass(frozen=True, eq=False)
 class Record:
@@ -59,6 +66,14 @@ class Record:
         return self.values["hardware"].get("num_processes", 1)
 
     @property
+    def peak_memory_of(self) -> str:
+        """training, or process: what its peak memory is the peak of.
+
+        Records from before it was measured in training alone do not say.
+        """
+        return self.values.get("peak_memory_of", "process")
+
+    @property
     def machine(self) -> str:
         """GPUs or CPU and precision, as a table names them."""
         hardware = self.values["hardware"]
@@ -78,18 +93,27 @@ class Record:
         """Whether ``config``, as composed now, describes this run, wherever data and results lie.
 
         A key that only the record has was removed since, and is not compared; one that only
-        ``config`` has was added since, and was off then: None or False. Hardware is compared by
-        name, and only where the config asks for one; of data and weights in a folder of the user's,
-        that they were given.
+        ``config`` has was added since, and was off then: None, False or empty. Hardware is compared
+        by name, and only where the config asks for one, and by the precision that came of it; of
+        data and weights in a folder of the user's, that they were given.
         """
-        hardware = config["hardware"]["name"]
-        if hardware not in ("auto", self.values["config"]["hardware"]["name"]):
+        hardware = config["hardware"]
+        if hardware["name"] not in ("auto", self.values["config"]["hardware"]["name"]):
+            return False
+        if not self._has_precision(hardware["precision"]):
             return False
         own, wanted = (dict(_leaves(values)) for values in (self.values["config"], config))
         added = (wanted[name] for name in wanted.keys() - own.keys())
-        return all(value is None or value is False for value in added) and all(
+        return all(value is None or value is False or value == {} for value in added) and all(
             own[name] == wanted[name] for name in own.keys() & wanted.keys()
         )
+
+    def _has_precision(self, wanted: str) -> bool:
+        """Whether the run computed in it; ``auto`` is what the run's device would have taken."""
+        hardware = self.values["hardware"]
+        if wanted == "auto":
+            wanted = _AUTO_PRECISION[hardware["device"]]
+        return hardware.get("precision", wanted) == wanted
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -97,7 +121,11 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
     for name, value in values.items():
         if name in _NOT_COMPARED:
             continue
-        if isinstance(value, dict):
+        if name in _FREE_FORM:
+            yield prefix + name, value
+        elif isinstance(value, dict):
+            if name in _FREE_FORM_OF_SECTIONS:
+                yield prefix + name, sorted(value)
             yield from _leaves(value, f"{prefix}{name}.")
         elif name == "path":
             yield prefix + name, value is not None

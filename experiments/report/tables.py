@@ -209,10 +209,16 @@ def _provenance(records: list[Record], columns: list[Column]) -> list[str]:
     def all_of(name: str) -> str:
         return _listed(str(record.values[name]) for record in records)
 
-    devices = {record.values["hardware"]["device"] for record in records}
     memory = {
-        "cpu": "the most the process held, with libraries, evaluation and what was freed",
-        "cuda": "the most allocated on the GPU",
+        ("cpu", "process"): "the most the process held, with libraries, evaluation and what was "
+        "freed",
+        ("cpu", "training"): "the most the process held in training, with libraries and what was "
+        "freed",
+        ("cuda", "process"): "the most allocated on the GPU, evaluation included",
+        ("cuda", "training"): "the most allocated on the GPU in training",
+    }
+    peaks = {
+        memory[record.values["hardware"]["device"], record.peak_memory_of] for record in records
     }
     versions = {
         f"{package} {record.values['versions'][package]}"
@@ -236,7 +242,7 @@ def _provenance(records: list[Record], columns: list[Column]) -> list[str]:
         f"Hardware: {_listed(record.machine_with_threads for record in records)}.",
     ]
     if any("memory/peak_bytes" in column.metrics for column in columns):
-        sentences.append(f"Peak memory: {'; '.join(memory[device] for device in sorted(devices))}.")
+        sentences.append(f"Peak memory: {'; '.join(sorted(peaks))}.")
     return [
         *sentences,
         f"Versions: {_listed(versions)}.",

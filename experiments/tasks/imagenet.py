@@ -15,6 +15,7 @@ from torch import Tensor
 from experiments import atomic, vision_models
 from experiments.config import DatasetConfig, ImageConfig, RunConfig
 from experiments.data import images
+from experiments.data.digest import digest
 from experiments.data.order import DataOrder, num_steps
 from experiments.errors import ExperimentError, require
 from experiments.hardware import Hardware, resolve_precision
@@ -57,6 +58,7 @@ class ImageNet(Task):
             for split in (train, test)
         )
         self.data_source = train.source
+        self.data_digest = digest(split.digest.encode() for split in (train, test))
         self.data_loader = self._train.name
         self.num_examples = min(config.dataset.num_train or len(train), len(train))
         model = vision_models.resnet(config.model, images.num_classes(config.dataset))

@@ -37,7 +37,7 @@ class MNLI(Task):
         self._config = config
         self._hardware = hardware
         data = text.load(config.dataset)
-        self.data_source = data.source
+        self.data_source, self.data_digest = data.source, data.digest
         loaded = models.load_classifier(config.model, LABELS)
         self._tokenizer = loaded.tokenizer
         self.model = loaded.model.to(hardware.device, hardware.param_dtype)

@@ -146,6 +146,28 @@ def test_a_signal_stops_all_processes_behind_the_same_checkpoint(
     assert [p.name for p in RunFolder(config).checkpoints.iterdir()] == ["step-00000003.pt"]
 
 
+def written_in_a_started_run(config: RunConfig, folder: Path) -> bool:
+    """Whether standard output is the process's own again behind the block."""
+    from experiments import hardware
+    from experiments.distributed import started
+
+    with (folder / os.environ["RANK"]).open("w") as file:
+        sys.stdout = file
+        with started(config, hardware.resolve(config.hardware)):
+            sys.stdout.write("by a library")
+            sys.stdout.flush()
+        return sys.stdout is file
+
+
+@pytest.mark.distributed
+def test_only_the_first_process_prints_and_the_others_may_write(
+    composed: Compose, tmp_path: Path
+) -> None:
+    """sys.stdout was None on the others, where a library's own write ended the run."""
+    assert run_on_ranks(2, written_in_a_started_run, composed(*SHORT), tmp_path) == [True, True]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["by a library", ""]
+
+
 def test_a_sweep_in_several_processes_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "run.py"), "--multirun", *SHORT, "seed=1,2"]
     done = subprocess.run(

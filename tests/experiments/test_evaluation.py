@@ -145,7 +145,14 @@ def test_answers_that_the_model_has_no_room_for_are_refused(
 ) -> None:
     config = composed("scale=smoke", "evaluation=gsm8k_0shot", "evaluation.max_new_tokens=4096")
     with pytest.raises(ExperimentError, match=r"max_new_tokens=4096: .* room for 4096 tokens"):
-        _evaluate(tiny, Harness(config.evaluation))
+        Harness(config.evaluation).check(tiny.model, tiny.tokenizer)
+
+
+def test_tasks_that_choose_among_answers_need_no_room_for_new_ones(
+    composed: Compose, tiny: models.LoadedModel
+) -> None:
+    config = composed(*SMOKE, "evaluation.max_new_tokens=4096")
+    Harness(config.evaluation).check(tiny.model, tiny.tokenizer)
 
 
 def test_an_unknown_task_is_refused(composed: Compose) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 import threading
@@ -98,6 +99,46 @@ def test_parquet_files_that_hold_encoded_images(folder: Path) -> None:
         images.find(_config(path=str(folder), columns=columns), "test")
     with pytest.raises(ExperimentError, match="column label must hold labels 0 to 4"):
         images.find(_config(path=str(folder), num_classes=5), "test")
+
+
+def test_other_images_have_another_digest_and_a_copy_has_the_same(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A copy's files are younger, and it may lie on a machine that the run moves to."""
+
+    def digest(of: Path) -> str:
+        return images.find(_config(path=str(of)), "train").digest
+
+    copy = tmp_path_factory.mktemp("copy") / "images"
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)
+    assert digest(copy) == digest(folder)
+    (copy / "train/cat/grey.png").rename(copy / "train/dog/grey.png")
+    assert digest(copy) != digest(folder)
+    shutil.rmtree(copy)
+    shutil.copytree(folder, copy)
+    with (copy / "train/cat/grey.png").open("ab") as file:
+        file.write(b" ")
+    assert digest(copy) != digest(folder)
+    digests = [Patterns(*given).digest for given in (("train", 8, 2), ("test", 8, 2))]
+    assert digests[0] != digests[1]
+
+
+def test_a_beton_file_with_another_label_has_another_digest(tmp_path: Path) -> None:
+    from experiments.data import beton
+
+    class Relabelled(Patterns):
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            image, label = super().__getitem__(index)
+            return image, label + (index == 3)
+
+    digests = []
+    for name, content in (("a", Patterns), ("b", Patterns), ("c", Relabelled)):
+        path = tmp_path / name / "train.beton"
+        beton.write(content("train", 8, 2), path, beton.Storage(jpeg_share=0.0), num_workers=0)
+        split = images.find(_config(path=str(path.parent)), "train")
+        assert split.content == path
+        digests.append(split.digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_what_is_missing_is_named(folder: Path) -> None:

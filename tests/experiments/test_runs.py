@@ -7,11 +7,13 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,13 @@ from experiments.errors import ExperimentError
 from experiments.records import RunFolder
 from experiments.runner import _command, _curve, execute
 from experiments.tasks.causal_lm import CausalLM
-from tests.experiments.helpers import ROOT, SHORT, Compose, outcome, without_clocks
+from tests.experiments.helpers import ROOT, SHORT, Compose, outcome, without_clocks, write_problems
+
+BRIEF = (
+    *SHORT,
+    "training.max_steps=1",
+    "evaluation.before_training=false",
+)
 
 
 def _interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +80,8 @@ def test_a_finished_run_is_left_alone_unless_forced_and_then_kept(
     execute(config)
     first = RunFolder(config).finished_record()
     execute(config)
-    assert "already finished" in capsys.readouterr().out
+    how = f"on {first['hardware']['cpu']} in fp32"
+    assert f"already finished {how}; force=true" in capsys.readouterr().out
     assert RunFolder(config).finished_record() == first
     (copy,) = Path(config.results_dir, "records").glob("*.json")
     copy.unlink()
@@ -104,6 +113,15 @@ def test_what_the_optimizer_refuses_is_said_before_the_model_is_loaded(
     with pytest.raises(ExperimentError, match=r"optimizer\.density=2"):
         execute(composed(*SHORT, "optimizer.density=2"))
     assert "loading" not in capsys.readouterr().out
+
+
+def test_answers_without_room_are_refused_before_the_training(composed: Compose) -> None:
+    """The run trained to its end, and then failed."""
+    too_long = "evaluation.max_new_tokens=4096"
+    config = composed(*SHORT, "evaluation.before_training=false", too_long)
+    with pytest.raises(ExperimentError, match=r"evaluation\.max_new_tokens=4096: .* room for"):
+        execute(config)
+    assert not RunFolder(config).metrics()
 
 
 @pytest.mark.parametrize(
@@ -184,6 +202,10 @@ def test_checkpoints_that_cannot_be_used_are_refused_and_kept(
     torch.save({**payload, "config_hash": "0123456789"}, paths[0])
     with pytest.raises(ExperimentError, match=r"config_hash is 0123456789.*force=true"):
         execute(config)
+    without = {name: payload[name] for name in payload if name not in ("data_digest", "precision")}
+    torch.save(without, paths[0])
+    with pytest.raises(ExperimentError, match=r"not say its data_digest and precision.*force=true"):
+        execute(config)
     for path in paths:
         path.write_bytes(b"not a checkpoint")
     with pytest.raises(ExperimentError, match=r"no checkpoint in it can be read.*force=true"):
@@ -193,6 +215,147 @@ def test_checkpoints_that_cannot_be_used_are_refused_and_kept(
     assert RunFolder(config).finished_record() is not None
     kept = RunFolder(config).path.parent.rglob("step-*.pt")
     assert sorted(path.name for path in kept) == sorted(path.name for path in paths)
+
+
+@pytest.mark.parametrize("stops_at", ["first step", "end"])
+def test_the_times_of_a_run_that_went_on_are_of_all_its_processes(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, stops_at: str
+) -> None:
+    """Of earlier processes it was the training alone."""
+    evaluation_s = 0.4
+
+    def evaluate(_: CausalLM) -> dict[str, float]:
+        time.sleep(evaluation_s)
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(CausalLM, "evaluate", evaluate)
+    config = composed(*SHORT, "training.max_steps=2")
+    kept_s = evaluation_s
+    if stops_at == "end":
+        newest, *_ = _interrupted(config, monkeypatch)
+        totals = torch.load(newest, weights_only=True)["totals"]
+        kept_s = totals["wall_s"]
+        assert kept_s > evaluation_s + totals["training_s"]
+    else:
+        with monkeypatch.context() as patch:
+            _interrupt_at(1, patch)
+            with pytest.raises(KeyboardInterrupt):
+                execute(config)
+    execute(config)
+    record = RunFolder(config).finished_record()
+    assert record is not None
+    metrics = record["metrics"]
+    assert metrics["time/evaluation_s"] >= 2 * evaluation_s
+    assert metrics["time/wall_s"] >= kept_s + evaluation_s
+    assert metrics["time/wall_s"] > metrics["time/evaluation_s"] + metrics["time/training_s"]
+
+
+@pytest.mark.parametrize(("can_forget", "peak_of"), [(True, "training"), (False, "process")])
+def test_the_peak_memory_of_a_run_is_that_of_its_training(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, can_forget: bool, peak_of: str
+) -> None:
+    """What the evaluation took hid on a GPU what tables compare. The run is interrupted, and the
+    process that goes on takes less than the first."""
+    held, in_training, in_evaluation = [0], [20, 10], 30
+
+    def forget(_: hardware.Hardware) -> bool:
+        if can_forget:
+            held[0] = in_training.pop(0)
+        return can_forget
+
+    def evaluate(_: CausalLM) -> dict[str, float]:
+        held[0] = in_evaluation
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(hardware.Hardware, "forget_peak", forget)
+    monkeypatch.setattr(hardware.Hardware, "peak_bytes", lambda _: held[0])
+    monkeypatch.setattr(CausalLM, "evaluate", evaluate)
+    config = composed(*SHORT, "training.max_steps=2", "training.checkpoint_every_steps=1")
+    with monkeypatch.context() as patch:
+        _interrupt_at(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            execute(config)
+    execute(config)
+    record = RunFolder(config).finished_record()
+    assert record is not None
+    assert record["metrics"]["memory/peak_bytes"] == (20 if can_forget else in_evaluation)
+    assert record["peak_memory_of"] == peak_of
+
+
+def test_a_process_that_may_not_forget_its_peak_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine = hardware.Hardware(torch.device("cpu"), "fp32")
+    monkeypatch.setattr(hardware, "_CLEAR_REFS", tmp_path / "file")
+    assert machine.forget_peak()
+    monkeypatch.setattr(hardware, "_CLEAR_REFS", tmp_path / "not/there")
+    assert not machine.forget_peak()
+
+
+def test_a_record_counts_the_steps_that_were_taken_not_the_lines_of_the_log(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = composed(*BRIEF, "training.max_steps=3")
+    _interrupted(config, monkeypatch)
+    log = RunFolder(config).path / "metrics.jsonl"
+    first, _, third, *_ = log.read_text().splitlines(keepends=True)
+    log.write_text(first + third)
+    execute(config)
+    record = RunFolder(config).finished_record()
+    assert record is not None
+    assert record["num_steps"] == 3
+
+
+def test_the_metrics_are_on_the_disk_before_the_checkpoint(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that goes down left a checkpoint of steps that the log did not have."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def fsync_and_note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync_and_note)
+    execute(composed(*BRIEF))
+    (checkpoint,) = (i for i, name in enumerate(synced) if name.startswith(".step-"))
+    assert synced[:checkpoint].count("metrics.jsonl") == 1
+
+
+def test_a_run_does_not_go_on_with_other_data(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One number of one row is another one; the config, and so the folder, is the same."""
+    write_problems(tmp_path / "gsm8k", num_train=16, num_test=2)
+    config = composed(*BRIEF, f"dataset.path={tmp_path / 'gsm8k'}")
+    _interrupted(config, monkeypatch)
+    rows = tmp_path / "gsm8k/train.jsonl"
+    text = rows.read_text()
+    *_, last = re.finditer(r"\d", text)
+    rows.write_text(text[: last.start()] + str((int(last[0]) + 1) % 10) + text[last.end() :])
+    with pytest.raises(ExperimentError, match=r"data_digest is \w+, .*force=true .*results_dir"):
+        execute(config)
+    rows.write_text(text)
+    rows.touch()
+    execute(config)
+    record = RunFolder(config).finished_record()
+    assert record is not None
+    assert len(record["data_digest"]) == 16
+
+
+def test_a_run_does_not_go_on_in_another_precision(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The automatic one is bf16 where there is a GPU, and was fp32 where the run began."""
+    config = composed(*BRIEF, "hardware=auto")
+    _interrupted(config, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(hardware, "resolve_precision", lambda _: "bf16")
+        with pytest.raises(ExperimentError, match=r"precision is fp32, this run's is bf16; use fo"):
+            execute(config)
+    execute(config)
+    assert RunFolder(config).finished_record() is not None
 
 
 def test_a_run_that_another_process_has_is_refused(composed: Compose) -> None:
@@ -416,6 +579,49 @@ def test_metrics_are_mirrored_to_wandb_only_where_asked(composed: Compose) -> No
     assert list((RunFolder(config).path / "wandb").glob("offline-run-*"))
 
 
+class WandbRun:
+    """What `experiments.records.Mirror` has of a run of Weights & Biases."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+        self.summary: dict[str, Any] = {}
+        self.exit_code: int | None = None
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        assert self.exit_code is None
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.mark.parametrize("stopped_by", [None, ValueError, SystemExit])
+def test_wandb_is_told_what_a_run_is_and_how_it_ended(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch, stopped_by: type[BaseException] | None
+) -> None:
+    """Failed and preempted runs were listed as finished, under names that said nothing."""
+    started: list[WandbRun] = []
+
+    def init(**settings: Any) -> WandbRun:
+        started.append(WandbRun(**settings))
+        return started[-1]
+
+    def stop(*_: object) -> None:
+        raise stopped_by
+
+    monkeypatch.setattr("wandb.init", init)
+    if stopped_by is not None:
+        monkeypatch.setattr(RunFolder, "finish", stop)
+    config = composed(*BRIEF, "logger=wandb")
+    with nullcontext() if stopped_by is None else pytest.raises(stopped_by):
+        execute(config)
+    (run,) = started
+    assert run.settings["name"] == f"gsm8k-tiny_llama-microadam-{RunFolder(config).hash}"
+    assert run.exit_code == (0 if stopped_by is None else 1)
+    record = RunFolder(config).finished_record()
+    expected = {} if record is None else {"status": "finished", **record["metrics"]}
+    assert run.summary == expected
+
+
 def test_wandb_without_a_key_is_refused_with_the_remedy(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,7 +687,7 @@ def test_a_single_evaluated_sample_has_no_standard_error(
 def test_only_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     model = torch.nn.Linear(1, 1)
     for step in (1, 2, 3):
-        progress = checkpoints.Progress("hash", "generated", step, {}, {})
+        progress = checkpoints.Progress("hash", "generated", "digest", "fp32", step, {}, {})
         checkpoints.save(tmp_path, progress, model, torch.optim.SGD(model.parameters()), False)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
         "step-00000002.pt",

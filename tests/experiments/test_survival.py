@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,25 @@ def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
         signal.raise_signal(signal.SIGINT)
     assert signals.signal_name is None
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("foreground")
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_worker_leaves_the_run_to_its_parent(
+    capfd: pytest.CaptureFixture[str], is_training: bool
+) -> None:
+    """Ctrl-C reaches a DataLoader's workers, too: each announced a checkpoint, or the end."""
+    with (
+        interruption.handled() as signals,
+        signals.deferred() if is_training else nullcontext(),
+    ):
+        context = multiprocessing.get_context("fork")
+        worker = context.Process(target=signal.raise_signal, args=(signal.SIGINT,))
+        worker.start()
+        worker.join()
+        assert signals.signal_name is None
+    assert worker.exitcode == 0
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("foreground")
@@ -303,8 +324,6 @@ def test_the_second_process_on_a_run_is_told_who_has_it(
     composed: Compose, quick: tuple[str, ...]
 ) -> None:
     config = composed(*quick)
-    import multiprocessing
-
     receiver, sender = multiprocessing.Pipe(duplex=False)
     holder = start(hold, config, sender)
     assert receiver.recv() == "held"

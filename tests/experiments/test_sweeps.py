@@ -184,6 +184,22 @@ def test_the_status_counts_the_steps_of_a_run_in_epochs(
     assert (run.state, run.num_steps, run.num_steps_in_all) == ("interrupted", 4, 4)
 
 
+def test_the_status_of_a_run_that_trains_has_no_score_of_an_earlier_model(tmp_path: Path) -> None:
+    """The untrained model's stood beside the current loss."""
+    before = {"step": 0, "eval/loss": 2.0, "eval/accuracy": 0.3}
+    trained = {"step": 2, "num_steps": 2, "train/loss": 1.0}
+    after = {"step": 2, "eval/loss": 1.5, "eval/accuracy": 0.6}
+    lines = [before, {**trained, "step": 1}, trained, after]
+    expected = [("30.0%", 0, 2.0), ("", 1, None), ("", 2, None), ("60.0%", 2, 1.5)]
+    for num_lines, (score, step, loss) in enumerate(expected, start=1):
+        text = "".join(json.dumps(line) + "\n" for line in lines[:num_lines])
+        (tmp_path / "metrics.jsonl").write_text(text)
+        run = status.read(tmp_path)
+        assert status.headline(run.metrics).removeprefix("accuracy ") == score
+        assert (run.num_steps, run.metrics.get("eval/loss")) == (step, loss)
+        assert run.metrics.get("train/loss") == (1.0 if step else None)
+
+
 def test_ages_are_readable() -> None:
     ages = [status.age(seconds) for seconds in (5, 150, 7300, 200_000)]
     assert ages == ["5 s", "2 min", "2 h", "2 d"]

@@ -76,6 +76,7 @@ def record(**changes: Any) -> dict[str, Any]:
             "optimizer": {"name": optimizer, "lr": lr},
             "hardware": {
                 "name": "cpu",
+                "precision": "fp32",
                 "micro_batch_size": 8,
                 "activation_checkpointing": False,
                 "activation_offloading": False,

@@ -199,7 +199,7 @@ def test_a_measured_peak_stands_beside_the_plan_only_where_shapes_and_precision_
 ) -> None:
     plan = json.loads((results / "memory_plan.json").read_text())
     shutil.copy(results / "memory_plan.json", tmp_path)
-    on_gpu = record(lr=5e-4)
+    on_gpu = record(lr=5e-4, peak_memory_of="training")
     on_gpu["config"]["model"]["architecture"] = {"layers": 2}
     on_gpu["hardware"] |= {"device": "cuda", "gpu": "Test GPU", "precision": "bf16"}
     on_gpu["config"]["hardware"] = plan["rows"][0]["config"]["hardware"]
@@ -208,11 +208,13 @@ def test_a_measured_peak_stands_beside_the_plan_only_where_shapes_and_precision_
     assert table is not None
     assert [row.measured_bytes for row in table.rows] == [500_000_000] * 2
     assert "Test GPU, bf16" in table.caption
-    on_gpu["hardware"]["precision"] = "fp32"
-    write(tmp_path, on_gpu)
-    table = memory.read(tmp_path)
-    assert table is not None
-    assert not table.has_measured
+    with_evaluation = {**on_gpu, "peak_memory_of": "process"}
+    in_fp32 = {**on_gpu, "hardware": {**on_gpu["hardware"], "precision": "fp32"}}
+    for other in (with_evaluation, in_fp32):
+        write(tmp_path, other)
+        table = memory.read(tmp_path)
+        assert table is not None
+        assert not table.has_measured
     assert "No GPU has measured these yet." in table.caption
     assert [path.name for path in memory.write(table, tmp_path)] == [
         "memory.md",

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
+from collections.abc import Iterator
 from random import Random
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.report import planning
+from experiments.config import HardwareConfig, RunConfig
+from experiments.hardware import resolve_precision
+from experiments.optimizers import OPTIMIZERS
+from experiments.report import planning, records
 from experiments.report.planning import Cell, Run
 from experiments.report.records import Record
 from tests.report.synthetic import record
+
+AUTO = {"name": "auto", "precision": "auto"}
 
 
 def cell(rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2), seeds: tuple[int, ...] = (42, 7)) -> Cell:
@@ -146,8 +155,88 @@ def test_a_record_is_the_run_that_its_config_says_wherever_its_data_lay(
 ) -> None:
     values = record()
     values["config"][section] |= changes
-    config = {**record()["config"], "hardware": {"name": "auto"}}
+    config = {**record()["config"], "hardware": AUTO}
     assert Record("a.json", values).is_run_of(config) == is_same
+
+
+@pytest.mark.parametrize(
+    ("section", "own", "wanted"),
+    [
+        ("model", {"architecture": {"layers": 2, "gated": True}}, {"architecture": {"layers": 2}}),
+        ("model", {"architecture": {"layers": 2}}, {"architecture": {"layers": 2, "gated": False}}),
+        ("dataset", {"columns": {"a": "str", "b": "int"}}, {"columns": {"a": "str"}}),
+        ("evaluation", {"harness": {"gsm8k": {"num_fewshot": 0}}}, {"harness": {}}),
+        ("evaluation", {"harness": {}}, {"harness": {"gsm8k": {"limit": None}}}),
+        (
+            "evaluation",
+            {"harness": {"gsm8k": {"overrides": {"until": [":"]}}}},
+            {"harness": {"gsm8k": {"overrides": {}}}},
+        ),
+    ],
+)
+def test_where_keys_are_values_a_record_with_others_is_of_another_run(
+    section: str, own: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    """What only the record had passed for a setting that was removed since."""
+    values, config = record(), record()["config"]
+    values["config"].setdefault(section, {}).update(own)
+    config.setdefault(section, {}).update(wanted)
+    assert not Record("a.json", values).is_run_of(config)
+    config[section] |= own
+    assert Record("a.json", values).is_run_of(config)
+
+
+def test_every_dictionary_of_a_config_is_compared_as_one() -> None:
+    sections = (RunConfig, *OPTIMIZERS.values())
+    fields = [field for section in sections for field in _fields(section)]
+    assert {name for name, kind in fields if "dict[" in str(kind)} == {
+        *records._FREE_FORM,
+        *records._FREE_FORM_OF_SECTIONS,
+        "learning_rates",  # not compared at all
+    }
+
+
+def _fields(section: Any) -> Iterator[tuple[str, Any]]:
+    """Name and type of every setting of a config, at any depth."""
+    for name, kind in typing.get_type_hints(section).items():
+        yield name, kind
+        for part in (kind, *typing.get_args(kind)):
+            if dataclasses.is_dataclass(part):
+                yield from _fields(part)
+
+
+@pytest.mark.parametrize(
+    ("device", "computed_in", "wanted", "is_same"),
+    [
+        ("cpu", "fp32", "auto", True),
+        ("cpu", "bf16", "auto", False),
+        ("cuda", "bf16", "auto", True),
+        ("cuda", "fp32", "auto", False),
+        ("cpu", "bf16", "bf16", True),
+        ("cuda", "bf16", "bf16_amp", False),
+        ("cpu", None, "bf16", True),  # a record that does not say
+    ],
+)
+def test_a_run_in_another_precision_is_another_run(
+    device: str, computed_in: str | None, wanted: str, is_same: bool
+) -> None:
+    values = record()
+    values["hardware"]["device"] = device
+    if computed_in is None:
+        del values["hardware"]["precision"]
+    else:
+        values["hardware"]["precision"] = computed_in
+    config = {**record()["config"], "hardware": {"name": "auto", "precision": wanted}}
+    assert Record("a.json", values).is_run_of(config) == is_same
+
+
+@pytest.mark.parametrize(("has_gpu", "device"), [(True, "cuda"), (False, "cpu")])
+def test_a_table_takes_the_automatic_precision_that_a_run_takes(
+    monkeypatch: pytest.MonkeyPatch, has_gpu: bool, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    automatic = HardwareConfig(name="auto", micro_batch_size=1)
+    assert resolve_precision(automatic) == records._AUTO_PRECISION[device]
 
 
 @pytest.mark.parametrize(("value", "is_same"), [(None, True), (False, True), (0.0, False)])
@@ -160,8 +249,8 @@ def test_a_setting_added_since_a_record_was_off_then(value: object, is_same: boo
 def test_asked_for_hardware_must_be_the_records() -> None:
     config = record()["config"]
     ran_on_cpu = Record("a.json", record())
-    assert ran_on_cpu.is_run_of(config | {"hardware": {"name": "cpu"}})
-    assert not ran_on_cpu.is_run_of(config | {"hardware": {"name": "a100_80gb"}})
+    assert ran_on_cpu.is_run_of(config | {"hardware": {**AUTO, "name": "cpu"}})
+    assert not ran_on_cpu.is_run_of(config | {"hardware": {**AUTO, "name": "a100_80gb"}})
 
 
 def test_time_is_estimated_from_the_most_similar_runs() -> None:

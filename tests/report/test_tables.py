@@ -131,6 +131,27 @@ def test_the_caption_says_what_the_numbers_rest_on() -> None:
         assert part in caption
 
 
+@pytest.mark.parametrize(
+    ("device", "peak_of", "text"),
+    [
+        ("cpu", None, "the most the process held, with libraries, evaluation and what was freed"),
+        ("cpu", "training", "the most the process held in training, with libraries and what was"),
+        ("cuda", None, "the most allocated on the GPU, evaluation included."),
+        ("cuda", "training", "the most allocated on the GPU in training."),
+    ],
+)
+def test_the_caption_says_what_the_peak_memory_is_of(
+    device: str, peak_of: str | None, text: str
+) -> None:
+    """Records from before it was that of training alone do not say so."""
+    values = record(**({} if peak_of is None else {"peak_memory_of": peak_of}))
+    values["hardware"] |= {"device": device, "gpu": "Test GPU" if device == "cuda" else None}
+    column = Column("peak memory", ["memory/peak_bytes"], "bytes")
+    state = planning.state_of(cell(seeds=(42,)), [Record("a.json", values)])
+    caption = " ".join(tables.make("table1", "mini", "MNLI", [column], [state], []).caption)
+    assert f"Peak memory: {text}" in caption
+
+
 def test_files_agree_with_each_other_and_the_same_records_give_the_same_bytes(
     tmp_path: Path,
 ) -> None:
