@@ -99,7 +99,7 @@ def _run(
     optimizers.check(config.optimizer)
     if is_first:
         run.start(config)
-        print(f"loading {config.dataset.name} and {config.model.name}", flush=True)
+        print(f"loading {config.dataset.name} and {config.model.title}", flush=True)
     task = chosen_task(config, machine)
     found = distributed.from_all((task.data_source, task.num_examples))
     remedy = (
@@ -151,7 +151,7 @@ def _run(
         "run": run.hash,
         "command": _command(overrides),
         "task": config.task.name,
-        "model": config.model.name,
+        "model": config.model.title,
         "optimizer": config.optimizer.name,
         "scale": config.scale,
         "seed": config.seed,
