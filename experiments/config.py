@@ -56,9 +56,21 @@ class ModelConfig:
             "with model.weights=random nothing is read from it; leave it out, or set "
             "model.weights=pretrained",
         )
+        require(
+            self.hub_id is None or self.package is None,
+            "model.hub_id",
+            self.hub_id,
+            f"the weights would be those of model.package={self.package}; to take the hub's, set "
+            "model.package=null too",
+        )
         if self.dropout is not None:
             is_share = 0 <= self.dropout < 1
             require(is_share, "model.dropout", self.dropout, "must be from 0 to less than 1")
+
+    @property
+    def title(self) -> str:
+        """The model's name; where a folder is given, that of the folder."""
+        return self.name if self.path is None else Path(self.path).resolve().name
 
 
 @dataclass
@@ -130,11 +142,15 @@ class DatasetConfig:
     def not_found(self, reason: str) -> ExperimentError:
         """What to say where the hub is the last source that may be used, and does not have it."""
         looked = f"{self.why_not_local()}, and " if self.source != "hub" else ""
+        tried = (
+            f"({self.hub_id}) could not be fetched from the hub ({reason}): go online or set "
+            "HF_HOME to a cache that has it, "
+        )
+        if self.hub_id is None:
+            tried = "is on no hub: "
         return ExperimentError(
-            f"dataset.source={self.source}: {looked}data set {self.name} ({self.hub_id}) could not "
-            f"be fetched from the hub ({reason}): go online or set HF_HOME to a cache that has it, "
-            "give a folder with dataset.path=FOLDER, or use generated data with "
-            "dataset.source=generated"
+            f"dataset.source={self.source}: {looked}data set {self.name} {tried}give a folder with "
+            "dataset.path=FOLDER, or use generated data with dataset.source=generated"
         )
 
 
@@ -248,6 +264,11 @@ class LoggerConfig:
         require_choice("logger.mode", self.mode, "online", "offline")
 
 
+# Optimizers whose state torch or MicroAdam keeps right on shards. The others quantize or factorize
+# whole parameters.
+_SHARDABLE = ("microadam", "adamw", "adam", "sgd")
+
+
 @dataclass
 class RunConfig:
     task: TaskConfig = MISSING
@@ -280,6 +301,8 @@ class RunConfig:
             self.training.gradient_release = isinstance(self.optimizer, MicroAdamConfig)
         if self.training.gradient_release:
             self._require_releasable()
+        if self.hardware.parallel == "fsdp2":
+            self._require_shardable()
 
     def _require_releasable(self) -> None:
         """Gradient release has one backward pass a step and never all gradients at once."""
@@ -306,6 +329,23 @@ class RunConfig:
             "that, or set hardware.activation_checkpointing=true, which takes micro-batches layer "
             "by layer",
         )
+
+    def _require_shardable(self) -> None:
+        """FSDP2 gives each process a shard of every parameter, and of its gradient and state."""
+        require(
+            not self.training.gradient_release,
+            "training.gradient_release",
+            self.training.gradient_release,
+            "a gradient is stepped before the other processes' are added; set it to false, or use "
+            "one process and hardware.parallel=ddp",
+        )
+        require(
+            self.task.name != "imagenet",
+            "hardware.parallel",
+            "fsdp2",
+            "the weights of ResNets lie channels-last, which it cannot shard; use ddp",
+        )
+        require_choice("with hardware.parallel=fsdp2, optimizer", self.optimizer.name, *_SHARDABLE)
 
     @property
     def forward_batch_size(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from experiments import pretrained
+from experiments import hub, pretrained
 from experiments.config import ModelConfig
 from experiments.errors import ExperimentError, reason, require
 
@@ -43,15 +44,12 @@ _ABILITIES: dict[Any, tuple[str, set[str]]] = {
 }
 
 
-# What configs of transformers call probabilities of dropout.
-_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     model: PreTrainedModel  # float32, on the CPU
     tokenizer: PreTrainedTokenizerBase
     source: str  # random, or where the weights came from
+    revision: str | None  # the hub's commit, where it is known
 
 
 def quieten_transformers() -> None:
@@ -112,24 +110,41 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
         # Before the model is made: the row of the padding is left out of its embeddings.
         settings["pad_token_id"] = tokenizer.pad_token_id
         model = model_class.from_config(_architecture(config, settings), dtype=torch.float32)
-        return LoadedModel(model, tokenizer, "random")
+        return LoadedModel(model, tokenizer, "random", None)
     location, source = pretrained.locate(config)
-    try:
-        own = transformers.AutoConfig.from_pretrained(location, **settings)
-        _require_ability(config, own.model_type, model_class)
-        own = _with_dropout(own, config.dropout)
+    with _loading(config, location):
+        own = _saved_config(config, location, model_class, settings)
         model = model_class.from_pretrained(location, config=own, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError) as error:  # ValueError: of a type or tokenizer that is unknown
-        raise ExperimentError(
-            f"model {config.name} could not be loaded from {location} "
-            f"({reason(error)}): go online with access to it, give a folder with "
-            "model.path=FOLDER, or use model.weights=random"
-        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id  # ends a text for a causal classifier
-    return LoadedModel(model, tokenizer, source)
+    is_from_hub = config.path is None and config.package is None
+    return LoadedModel(
+        model, tokenizer, source, hub.model_revision(location) if is_from_hub else None
+    )
+
+
+@contextmanager
+def _loading(config: ModelConfig, location: str) -> Iterator[None]:
+    """Turns what transformers says of files that are missing or broken into a sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: of a type or tokenizer that is unknown
+        raise ExperimentError(
+            f"model {config.title} could not be loaded from {location} "
+            f"({reason(error)}): go online with access to it, give a folder with "
+            "model.path=FOLDER, or use model.weights=random"
+        ) from error
+
+
+def _saved_config(
+    config: ModelConfig, location: str, model_class: Any, settings: dict[str, Any]
+) -> transformers.PretrainedConfig:
+    """The transformers config that lies with the weights."""
+    own = transformers.AutoConfig.from_pretrained(location, **settings)
+    _require_ability(config, own.model_type, model_class)
+    return _with_dropout(own, config.dropout)
 
 
 def _require_ability(config: ModelConfig, model_type: str | None, model_class: Any) -> None:
@@ -137,8 +152,8 @@ def _require_ability(config: ModelConfig, model_type: str | None, model_class: A
     kind = "it is no language model" if model_type is None else f"its type is {model_type}"
     require(
         model_type in model_types,
-        "model",
-        config.name,
+        "model" if config.path is None else "model.path",
+        config.path or config.name,
         f"{kind}; this task needs a model that {ability}",
     )
 
@@ -146,12 +161,16 @@ def _require_ability(config: ModelConfig, model_type: str | None, model_class: A
 def _on_meta(
     config: ModelConfig, model_class: Any, dtype: torch.dtype, **settings: Any
 ) -> PreTrainedModel:
-    _require_ability(config, config.architecture.get("model_type"), model_class)
+    if config.path is None:
+        _require_ability(config, config.architecture.get("model_type"), model_class)
+        own = _architecture(config, settings)
+    else:
+        location, _ = pretrained.locate(config)
+        with _loading(config, location):
+            own = _saved_config(config, location, model_class, settings)
     AttentionInterface.register("shapes_only", _flash_attention_shapes)
     with torch.device("meta"):
-        return model_class.from_config(
-            _architecture(config, settings), dtype=dtype, attn_implementation="shapes_only"
-        )
+        return model_class.from_config(own, dtype=dtype, attn_implementation="shapes_only")
 
 
 def _flash_attention_shapes(
@@ -207,10 +226,18 @@ def _with_dropout(
     config: transformers.PretrainedConfig, dropout: float | None
 ) -> transformers.PretrainedConfig:
     if dropout is not None:
-        names = [name for name in _DROPOUTS if hasattr(config, name)]
-        require(
-            bool(names), "model.dropout", dropout, f"a model of type {config.model_type} has none"
-        )
+        names = [name for name, value in vars(config).items() if _is_dropout(name, value)]
+        remedy = f"a model of type {config.model_type} has none; leave it out"
+        require(bool(names), "model.dropout", dropout, remedy)
         for name in names:
             setattr(config, name, dropout)
     return config
+
+
+def _is_dropout(name: str, value: object) -> bool:
+    """Whether a transformers config has a probability of dropout there, such as GPT-2's attn_pdrop.
+
+    Without a value it is that of another name; ESM's ``token_dropout`` is true or false.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and ("dropout" in name or name.endswith("_pdrop"))

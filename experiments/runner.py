@@ -102,7 +102,7 @@ def _run(
     optimizers.check(config.optimizer)
     if is_first:
         run.start(config)
-        print(f"loading {config.dataset.name} and {config.model.name}", flush=True)
+        print(f"loading {config.dataset.name} and {config.model.title}", flush=True)
     task = chosen_task(config, machine)
     found = distributed.from_all((task.data_source, task.num_examples, task.data_digest))
     remedy = (
@@ -178,14 +178,16 @@ def _train_and_evaluate(
         "run": run.hash,
         **origin,
         "task": config.task.name,
-        "model": config.model.name,
+        "model": config.model.title,
         "optimizer": config.optimizer.name,
         "scale": config.scale,
         "seed": config.seed,
         "data_source": task.data_source,
         "data_digest": task.data_digest,
+        "data_revision": task.data_revision,
         "data_loader": task.data_loader,
         "model_source": task.model_source,
+        "model_revision": task.model_revision,
         "num_params": sum(p.numel() for p in task.model.parameters()),
         "num_examples": task.num_examples,
         "num_overlong_examples": task.num_overlong_examples,

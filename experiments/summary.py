@@ -61,7 +61,7 @@ def of_plan(config: RunConfig, plan: Plan) -> str:
     rows = [
         (
             "model",
-            f"{config.model.name}, {plan.num_params:,} parameters, {config.model.weights} weights",
+            f"{config.model.title}, {plan.num_params:,} parameters, {config.model.weights} weights",
         ),
         ("task", f"{config.task.name} ({config.scale}), {plan.num_examples:,} examples"),
         ("training", f"{length} = {plan.num_steps} steps, global batch {train.global_batch_size}"),
@@ -91,7 +91,8 @@ def of_plan(config: RunConfig, plan: Plan) -> str:
     ]
     if plan.host_bytes:
         memory.append(("on the host", f"{formats.size(plan.host_bytes)} of the layers' inputs"))
-    return f"Plan\n{_table(rows)}\n\nPeak memory by part\n{_table(memory)}"
+    unsharded = ", of one process, unsharded" if hardware.parallel == "fsdp2" else ""
+    return f"Plan\n{_table(rows)}\n\nPeak memory by part{unsharded}\n{_table(memory)}"
 
 
 def _verdict(plan: Plan, memory_gib: float | None) -> str:
@@ -138,7 +139,7 @@ def of_start(
     rows = [
         (
             "model",
-            f"{config.model.name} ({task.model_source}), {num_params:,} parameters",
+            f"{config.model.title} ({task.model_source}), {num_params:,} parameters",
         ),
         (
             "data",

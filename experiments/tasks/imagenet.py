@@ -18,7 +18,7 @@ from experiments.data import images
 from experiments.data.digest import digest
 from experiments.data.order import DataOrder, num_steps
 from experiments.errors import ExperimentError, require
-from experiments.hardware import Hardware, resolve_precision
+from experiments.hardware import Hardware, param_dtype, resolve_precision
 from experiments.progress_bars import evaluation_bar
 from experiments.tasks import Task
 from experiments.tasks.classification import accuracy
@@ -51,7 +51,7 @@ class ImageNet(Task):
         self._config = config
         self._hardware = hardware
         self._recipe = _recipe(config)
-        train, test = (images.find(config.dataset, name) for name in config.dataset.splits[:2])
+        train, test = images.find(config.dataset, config.dataset.splits[:2])
         device = hardware.device
         self._train, self._test = (
             images.open_loader(config.dataset, split, self._recipe, config.seed, device)
@@ -59,6 +59,7 @@ class ImageNet(Task):
         )
         self.data_source = train.source
         self.data_digest = digest(split.digest.encode() for split in (train, test))
+        self.data_revision = train.revision
         self.data_loader = self._train.name
         self.num_examples = min(config.dataset.num_train or len(train), len(train))
         model = vision_models.resnet(config.model, images.num_classes(config.dataset))
@@ -130,7 +131,8 @@ class ImageNet(Task):
 
     @staticmethod
     def num_local_examples(config: DatasetConfig) -> int:
-        num_images = len(images.find(config, config.splits[0]))
+        (train,) = images.find(config, config.splits[:1])
+        num_images = len(train)
         return min(config.num_train or num_images, num_images)
 
     @staticmethod
@@ -144,7 +146,7 @@ class ImageNet(Task):
         recipe = _recipe(config)
         size = config.forward_batch_size
         side = max(recipe.first_resolution, recipe.last_resolution)
-        dtype = torch.bfloat16 if resolve_precision(config.hardware) == "bf16" else torch.float32
+        dtype = param_dtype(resolve_precision(config.hardware))
         shape = torch.empty(size, 3, side, side, dtype=dtype, device="meta")
         labels = torch.zeros(size, dtype=torch.int64, device="meta")
         return Batch(shape.to(memory_format=torch.channels_last), labels, recipe.label_smoothing)

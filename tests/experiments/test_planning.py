@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from experiments import planning
+from experiments import models, planning, pretrained
 from experiments.errors import ExperimentError
 from experiments.planning import LiveBytes
+from experiments.records import RunFolder
 from experiments.runner import execute
 from tests.experiments.helpers import Compose
 
@@ -72,6 +74,38 @@ def test_a_plan_for_generated_data_counts_that(
     assert f"(smoke), {num} examples" in capsys.readouterr().out
 
 
+def test_the_model_of_a_folder_is_planned_and_named_as_it_trains(
+    composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan was of the preset's architecture, under its name."""
+    config = composed("scale=smoke").model
+    config.architecture = {**config.architecture, "num_hidden_layers": 3}
+    loaded = models.load_causal_lm(config)
+    pretrained.save(loaded.model, loaded.tokenizer, tmp_path / "mine")
+    short = ("hardware=cpu", "training.max_steps=1", "evaluation.harness={}", "evaluation.limit=2")
+    given = ("scale=smoke", *short, f"model.path={tmp_path / 'mine'}", "model.weights=pretrained")
+    execute(composed(*given, "dry_run=true"))
+    printed = f"mine, {loaded.model.num_parameters():,} parameters, pretrained weights"
+    assert printed in capsys.readouterr().out
+    execute(composed(*given))
+    record = RunFolder(composed(*given)).finished_record()
+    assert record is not None
+    assert (record["model"], record["num_params"]) == ("mine", loaded.model.num_parameters())
+    assert "microadam on mine, gsm8k" in capsys.readouterr().out
+
+
+def test_the_plan_refuses_a_folder_whose_model_this_task_cannot_train(
+    composed: Compose, tmp_path: Path
+) -> None:
+    AutoConfig.for_model("bert").save_pretrained(tmp_path)
+    given = ("scale=smoke", f"model.path={tmp_path}", "model.weights=pretrained")
+    with pytest.raises(ExperimentError, match=f"model.path={tmp_path}: its type is bert"):
+        planning.make(composed(*given))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ExperimentError, match=f"could not be loaded from {tmp_path}"):
+        planning.make(composed(*given))
+
+
 def test_warm_up_as_long_as_the_run_is_said_to_be(
     composed: Compose, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,6 +121,15 @@ def test_a_plan_that_does_not_fit_says_by_how_much(
     assert "MiB more than the card's 0.001 GiB" in capsys.readouterr().out
     execute(composed("scale=smoke", "hardware.memory_gib=1", "dry_run=true"))
     assert "MiB of the card's 1 GiB, and the driver" in capsys.readouterr().out
+
+
+def test_a_plan_for_shards_says_that_it_is_for_one_process(
+    composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In eight each would take less, and the plan said nothing of it."""
+    for parallel, words in (("ddp", ""), ("fsdp2", ", of one process, unsharded")):
+        execute(composed("scale=smoke", f"hardware.parallel={parallel}", "dry_run=true"))
+        assert f"Peak memory by part{words}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -107,6 +150,20 @@ def test_a_plan_that_does_not_fit_says_by_how_much(
         ),
         (("task=imagenet", "model.dropout=0.1"), "model.dropout=0.1: a ResNet has none"),
         (("task=mnli", "model.dropout=1"), "model.dropout=1.0: must be from 0 to less than 1"),
+        (
+            ("optimizer=came", "hardware.parallel=fsdp2"),
+            "fsdp2, optimizer=came: choose one of micro",
+        ),
+        (("task=imagenet", "hardware.parallel=fsdp2"), "hardware.parallel=fsdp2: .*channels-last"),
+        (
+            (
+                "hardware.parallel=fsdp2",
+                "training.gradient_release=true",
+                "training.max_grad_norm=null",
+                "training.global_batch_size=4",
+            ),
+            "gradient_release=True: .* hardware.parallel=ddp",
+        ),
     ],
 )
 def test_the_plan_refuses_what_the_run_would_refuse(
@@ -163,7 +220,6 @@ def test_the_planned_activations_are_those_of_the_same_step_on_real_tensors(
     composed: Compose,
 ) -> None:
     """Shapes alone must give what real tensors give; only attention's own buffers may differ."""
-    from experiments import models
     from experiments.tasks import causal_lm
 
     config = composed("scale=smoke")
