@@ -106,7 +106,7 @@ def test_other_images_have_another_digest_and_a_copy_has_the_same(
     """A copy's files are younger, and it may lie on a machine that the run moves to."""
 
     def digest(of: Path) -> str:
-        return images.find(_config(path=str(of)), "train").digest
+        return images.find(_config(path=str(of)), ["train"])[0].digest
 
     copy = tmp_path_factory.mktemp("copy") / "images"
     shutil.copytree(folder, copy, copy_function=shutil.copyfile)
@@ -134,7 +134,7 @@ def test_a_beton_file_with_another_label_has_another_digest(tmp_path: Path) -> N
     for name, content in (("a", Patterns), ("b", Patterns), ("c", Relabelled)):
         path = tmp_path / name / "train.beton"
         beton.write(content("train", 8, 2), path, beton.Storage(jpeg_share=0.0), num_workers=0)
-        split = images.find(_config(path=str(path.parent)), "train")
+        (split,) = images.find(_config(path=str(path.parent)), ["train"])
         assert split.content == path
         digests.append(split.digest)
     assert digests[0] == digests[1] != digests[2]
