@@ -75,8 +75,9 @@ def training_rows(dataset: str, data: Path) -> text.TextData:
 def _config(kind: str, name: str, schema: Any, **changes: Any) -> Any:
     path = _CONFIGS / kind / f"{name}.yaml"
     if not path.exists() or (kind == "dataset" and name not in _KINDS):
-        known = _KINDS if kind == "dataset" else sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise ExperimentError(f"{kind}={name}: there is no such {kind}; choose one of {known}")
+        known = _KINDS if kind == "dataset" else {p.stem for p in path.parent.glob("*.yaml")}
+        choices = ", ".join(sorted(known))
+        raise ExperimentError(f"{kind}={name}: there is no such {kind}; choose one of {choices}")
     merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path), changes)
     return OmegaConf.to_object(merged)
 

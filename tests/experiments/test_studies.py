@@ -281,6 +281,12 @@ def test_wrong_setting_is_named(tmp_path: Path, changes: list[str], message: str
     assert not (tmp_path / "studies").exists()
 
 
+def test_what_there_is_to_choose_from_is_listed(tmp_path: Path) -> None:
+    """Of data sets it was the representation of a dict of functions."""
+    with pytest.raises(ExperimentError, match=r"^dataset=mmlu: .*choose one of gsm8k, mnli$"):
+        finetuning.load("mmlu", "minilm_l6", tmp_path, num_batches=1, batch_size=2, max_length=32)
+
+
 def test_a_study_loads_its_model_without_a_word(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
