@@ -37,7 +37,8 @@ def main() -> None:
             if not (results_dir / "records" / file).exists():
                 sys.exit(
                     f"error: {table.file_stem}.json names records/{file}, which is not there; "
-                    f"restore it with: make {table.name} SCALE={table.scale}"
+                    f"restore it with: python -m scripts.table {table.name} --scale {table.scale} "
+                    f"--results-dir {results_dir}"
                 )
     written: list[Path] = []
     if options.what != "figures":
@@ -46,7 +47,8 @@ def main() -> None:
             written += memory.write(planned, results_dir)
         elif options.what == "memory":
             sys.exit(
-                f"error: {results_dir} has no memory_plan.json; make it with: make memory-table"
+                f"error: {results_dir} has no memory_plan.json; make memory-table writes "
+                "results/memory_plan.json"
             )
     if options.what != "memory":
         figures = [f for draw in DRAWN_BY for f in draw(results_dir, results_dir / "figures")]
