@@ -43,10 +43,6 @@ _ABILITIES: dict[Any, tuple[str, set[str]]] = {
 }
 
 
-# What configs of transformers call probabilities of dropout.
-_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     model: PreTrainedModel  # float32, on the CPU
@@ -207,10 +203,18 @@ def _with_dropout(
     config: transformers.PretrainedConfig, dropout: float | None
 ) -> transformers.PretrainedConfig:
     if dropout is not None:
-        names = [name for name in _DROPOUTS if hasattr(config, name)]
-        require(
-            bool(names), "model.dropout", dropout, f"a model of type {config.model_type} has none"
-        )
+        names = [name for name, value in vars(config).items() if _is_dropout(name, value)]
+        remedy = f"a model of type {config.model_type} has none; leave it out"
+        require(bool(names), "model.dropout", dropout, remedy)
         for name in names:
             setattr(config, name, dropout)
     return config
+
+
+def _is_dropout(name: str, value: object) -> bool:
+    """Whether a transformers config has a probability of dropout there, such as GPT-2's attn_pdrop.
+
+    Without a value it is that of another name; ESM's ``token_dropout`` is true or false.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and ("dropout" in name or name.endswith("_pdrop"))

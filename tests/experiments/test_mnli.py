@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnx.reference import ReferenceEvaluator
+from transformers import AutoConfig
 
 from experiments import hardware, models, planning, pretrained, tasks
 from experiments.data import sentence_pairs, text
@@ -265,6 +266,27 @@ def test_dropout_is_the_configs_whatever_the_weights(composed: Compose, tmp_path
     changed = models.load_classifier(composed(*saved, "model.dropout=0.3").model, LABELS)
     found = [_dropouts(loaded.model) for loaded in (own, without, kept, changed)]
     assert found == [{0.1}, {0.0}, {0.1}, {0.3}]
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("gpt2", {"resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"}),
+        ("distilbert", {"dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"}),
+        ("opt", {"dropout", "attention_dropout"}),  # not layerdrop
+        ("esm", {"hidden_dropout_prob", "attention_probs_dropout_prob"}),  # not token_dropout
+    ],
+)
+def test_every_probability_of_dropout_is_changed_and_nothing_else(
+    composed: Compose, family: str, names: set[str]
+) -> None:
+    """GPT-2 was said to have none, and DistilBERT's head kept its own."""
+    config = composed(*SMOKE, "model.dropout=0.3").model
+    config.architecture = {"model_type": family, "vocab_size": 300}
+    changed = vars(models._architecture(config, {}))
+    own = vars(AutoConfig.for_model(**config.architecture))
+    assert {name for name in own if changed[name] != own[name]} == names
+    assert {changed[name] for name in names} == {0.3}
 
 
 def test_weights_in_a_package_are_found_without_importing_it(
