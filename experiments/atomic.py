@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -58,11 +60,26 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def _not_written(path: Path, error: Exception) -> ExperimentError:
+    if _number(error) in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "make room, and the same command goes on"
+    else:
+        remedy = (
+            "see to it that files can be written there, and the same command goes on; or choose "
+            "another folder: with $MICROADAM_CACHE for the cache, with results_dir for the results "
+            "of run.py, which then starts anew"
+        )
     return ExperimentError(
         f"{path}: could not be written ({getattr(error, 'strerror', None) or error}); nothing that "
-        "was there is lost: make room, or choose another folder with results_dir (or "
-        "$MICROADAM_CACHE), then the same command goes on"
+        f"was there is lost: {remedy}"
     )
+
+
+def _number(error: Exception) -> int | None:
+    """The system's number of the error, which safetensors gives only in its text."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return None if found is None else int(found[1])
 
 
 @contextmanager

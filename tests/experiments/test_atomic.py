@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from experiments import atomic
 from experiments.errors import ExperimentError
@@ -32,3 +33,26 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
     assert file.read_text() == "what was there"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (OSError(errno.EROFS, "Read-only file system"), False),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (SafetensorError("I/O error: Permission denied (os error 13)"), False),
+    ],
+    ids=str,
+)
+def test_each_error_has_its_own_remedy(tmp_path: Path, error: Exception, is_full: bool) -> None:
+    """Who might not write was told to make room; and in another folder nothing goes on."""
+    with pytest.raises(ExperimentError) as raised, atomic.new_file(tmp_path / "file"):
+        raise error
+    message = str(raised.value)
+    assert ("make room" in message) is is_full
+    assert ("choose another folder" in message) is not is_full
+    assert ("starts anew" in message) is not is_full
