@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments import config, hub, sweeps
+from experiments import atomic, config, hub, sweeps
 from experiments.errors import ExperimentError, how_to_go_on, require
 from experiments.optimizers import OPTIMIZERS
 
@@ -178,6 +178,14 @@ class Sweep(Callback):
                 file=sys.stderr,
             )
             sys.exit(2)
+        folder = Path(config.hydra.sweep.dir)
+        try:
+            with atomic.explained(folder):  # Hydra makes it next, and answers with a traceback
+                folder.mkdir(parents=True, exist_ok=True)
+        except ExperimentError as error:
+            # Of an exception Hydra makes a warning; and this module's are not those of __main__.
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if config.hydra.mode == RunMode.MULTIRUN:
@@ -254,8 +262,7 @@ if __name__ == "__main__":
         ExperimentError,
         HydraException,
         OmegaConfBaseException,
-        NotADirectoryError,  # where Hydra makes the folder of a sweep
-        PermissionError,
+        PermissionError,  # of a file that may not be read
     ) as error:
         if wants_traceback:
             raise
