@@ -40,12 +40,11 @@ def folder_images(folder: Path) -> Images:
     """The images of ``folder``/train/<class>/."""
     config = DatasetConfig(
         name=folder.name,
-        path=str(folder),
         splits=["train"],
         columns={"image": "image", "label": "int"},
         num_classes=1000,
     )
-    content = images.find(config, "train").content
+    content = images.from_folder(config, folder, "train")
     if isinstance(content, Path):
         raise SystemExit(f"--folder {folder}: {content} is no folder of images")
     return content

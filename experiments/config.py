@@ -130,11 +130,15 @@ class DatasetConfig:
     def not_found(self, reason: str) -> ExperimentError:
         """What to say where the hub is the last source that may be used, and does not have it."""
         looked = f"{self.why_not_local()}, and " if self.source != "hub" else ""
+        tried = (
+            f"({self.hub_id}) could not be fetched from the hub ({reason}): go online or set "
+            "HF_HOME to a cache that has it, "
+        )
+        if self.hub_id is None:
+            tried = "is on no hub: "
         return ExperimentError(
-            f"dataset.source={self.source}: {looked}data set {self.name} ({self.hub_id}) could not "
-            f"be fetched from the hub ({reason}): go online or set HF_HOME to a cache that has it, "
-            "give a folder with dataset.path=FOLDER, or use generated data with "
-            "dataset.source=generated"
+            f"dataset.source={self.source}: {looked}data set {self.name} {tried}give a folder with "
+            "dataset.path=FOLDER, or use generated data with dataset.source=generated"
         )
 
 

@@ -14,12 +14,16 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from experiments import hub
 from experiments.config import DatasetConfig
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, reason
+
+if TYPE_CHECKING:
+    from experiments.data.images import Images
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "dataset"
 
@@ -42,23 +46,37 @@ def write(args: argparse.Namespace) -> None:
         raise ExperimentError("without FFCV no .beton file can be written")
     from experiments.data import beton
 
-    values = image_data_sets()[args.dataset] | {
-        "path": None if args.source is None else str(args.source),
-        "source": "hub" if args.source is None else "local",
-    }
-    config = DatasetConfig(**values)  # type: ignore[arg-type]
+    if args.source is not None and not args.source.is_dir():
+        raise ExperimentError(f"--source {args.source}: there is no such folder")
+    config = DatasetConfig(**image_data_sets()[args.dataset])  # type: ignore[arg-type]
     storage = beton.Storage(args.jpeg_share, args.jpeg_quality, args.max_resolution)
     for name in args.splits or config.splits:
         path = args.output / f"{name}.beton"
         if path.exists():
             print(f"{path} is there already")
             continue
-        split = images.find(config, name)
-        if isinstance(split.content, Path):
-            raise ExperimentError(f"--source {args.source}: {split.content} is such a file already")
-        beton.write(split.content, path, storage, args.num_workers)
-        print(f"{path}: {len(split):,} images, {path.stat().st_size / 2**30:.2f} GiB")
+        content = _images(config, args.source, name)
+        if isinstance(content, Path):
+            raise ExperimentError(f"--source {args.source}: {content} is such a file already")
+        beton.write(content, path, storage, args.num_workers)
+        print(f"{path}: {len(content):,} images, {path.stat().st_size / 2**30:.2f} GiB")
     print(f"to use them: dataset.path={args.output}")
+
+
+def _images(config: DatasetConfig, source: Path | None, name: str) -> Images | Path:
+    """Of one split, from the folder that was given, or else from the hub."""
+    from experiments.data import images
+
+    if source is not None:
+        return images.from_folder(config, source, name)
+    try:
+        return images.from_hub(config, str(config.hub_id), name)
+    except OSError as error:
+        raise ExperimentError(
+            f"{config.name} ({config.hub_id}) could not be fetched from the hub "
+            f"({reason(error)}): go online or set HF_HOME to a cache that has it, or give a folder "
+            "of images with --source FOLDER"
+        ) from error
 
 
 def main() -> None:

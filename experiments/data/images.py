@@ -25,9 +25,10 @@ from torch import Tensor
 
 from experiments import hub
 from experiments.config import DatasetConfig, ImageConfig
+from experiments.data import sources
 from experiments.data.digest import digest
 from experiments.data.generated_images import Patterns
-from experiments.errors import ExperimentError, reason
+from experiments.errors import ExperimentError
 
 if TYPE_CHECKING:
     import datasets
@@ -101,31 +102,20 @@ class Split:
         return self.content.digest
 
 
-def find(config: DatasetConfig, name: str) -> Split:
-    """The split from the first source that has it.
+def find(config: DatasetConfig, names: Sequence[str]) -> list[Split]:
+    """The splits, all from the first source that has them all.
 
     Raises:
-        ExperimentError: no source has it, or it is not what its config says.
+        ExperimentError: no source has them, or they are not what their config says.
     """
-    folder = config.local_folder()
-    if folder is not None:
-        beton = folder / f"{name}.beton"
-        return Split(name, "local", beton if beton.is_file() else _local(config, folder, name))
-    if config.source == "generated":
-        return Split(name, "generated", _generated(config, name))
-    try:
-        rows = hub.load_dataset(str(config.hub_id), config.hub_config, split=name)
-    except OSError as error:
-        why = reason(error)
-        if config.source == "auto":
-            print(
-                f"data: the hub has no {config.hub_id} for us ({why}); "
-                "training on generated patterns instead"
-            )
-            return Split(name, "generated", _generated(config, name))
-        raise config.not_found(why) from error
-    identity = f"hub {config.hub_id} {name} {len(rows)}"
-    return Split(name, "hub", _Rows(rows, config, str(config.hub_id), identity, identity))
+    found: tuple[str, Sequence[Images | Path]] = sources.first(
+        config,
+        local=lambda folder: [from_folder(config, folder, name) for name in names],
+        hub=lambda hub_id: [from_hub(config, hub_id, name) for name in names],
+        generated=lambda: [_generated(config, name) for name in names],
+    )
+    source, contents = found
+    return [Split(name, source, content) for name, content in zip(names, contents, strict=True)]
 
 
 def open_loader(
@@ -233,10 +223,32 @@ def num_classes(config: DatasetConfig) -> int:
     return config.num_classes
 
 
-def _local(config: DatasetConfig, folder: Path, name: str) -> Images:
-    """``<name>.parquet`` or ``<name>-*.parquet``, or a folder for each class below ``<name>``."""
+def from_hub(config: DatasetConfig, hub_id: str, name: str) -> Images:
+    """The split's images from the hub or its cache.
+
+    Raises:
+        ExperimentError: its columns are not what the config says.
+        OSError: they cannot be had.
+    """
+    rows = hub.load_dataset(hub_id, config.hub_config, split=name)
+    identity = f"hub {hub_id} {name} {len(rows)}"
+    return _Rows(rows, config, hub_id, identity, identity)
+
+
+def from_folder(config: DatasetConfig, folder: Path, name: str) -> Images | Path:
+    """The split's images in a folder, or the .beton file that the user has made of them.
+
+    The images lie in ``<name>.parquet`` or ``<name>-*.parquet``, or in a folder for each class
+    below ``<name>``.
+
+    Raises:
+        ExperimentError: they are not there, cannot be read, or are not what the config says.
+    """
     import datasets
 
+    beton = folder / f"{name}.beton"
+    if beton.is_file():
+        return beton
     datasets.disable_progress_bars()
     cache = str(hub.cache_dir() / "huggingface")
     tables = sorted([*folder.glob(f"{name}.parquet"), *folder.glob(f"{name}-*.parquet")])

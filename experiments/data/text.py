@@ -15,9 +15,9 @@ from typing import Any
 
 from experiments import atomic, hub
 from experiments.config import DatasetConfig
-from experiments.data import choices, sentence_pairs, word_problems
+from experiments.data import choices, sentence_pairs, sources, word_problems
 from experiments.data.digest import digest
-from experiments.errors import ExperimentError, reason, require
+from experiments.errors import ExperimentError, require
 
 Row = dict[str, Any]
 _TYPES: dict[str, type] = {"str": str, "int": int, "list": list, "dict": dict}
@@ -90,31 +90,19 @@ def load(config: DatasetConfig, splits: Sequence[str] | None = None) -> TextData
 
 
 def _find(config: DatasetConfig) -> tuple[str, Path]:
-    folder = config.local_folder()
-    if folder is not None:
-        return "local", folder
-    if config.source == "generated":
-        return "generated", _generated(config)
-    try:
-        return "hub", _exported_from_hub(config)
-    except OSError as error:
-        why = reason(error)
-        if config.source == "auto" and config.name in _GENERATORS:
-            print(
-                f"data: {config.hub_id or config.name} is not to be had from the hub ({why}); "
-                "taking generated rows of the same format instead"
-            )
-            return "generated", _generated(config)
-        raise config.not_found(why) from error
+    return sources.first(
+        config,
+        local=lambda folder: folder,
+        hub=lambda hub_id: _exported_from_hub(hub_id, config.hub_config),
+        generated=(lambda: _generated(config)) if config.name in _GENERATORS else None,
+    )
 
 
-def _exported_from_hub(config: DatasetConfig) -> Path:
-    if config.hub_id is None:
-        raise FileNotFoundError("it is on no hub")
-    name = "-".join([config.hub_id.replace("/", "--"), *filter(None, [config.hub_config])])
+def _exported_from_hub(hub_id: str, hub_config: str | None) -> Path:
+    name = "-".join([hub_id.replace("/", "--"), *filter(None, [hub_config])])
     folder = hub.cache_dir() / "datasets" / name
     if not folder.exists():
-        loaded = hub.load_dataset(config.hub_id, config.hub_config)
+        loaded = hub.load_dataset(hub_id, hub_config)
         with atomic.new_folder(folder) as partial:
             for split in loaded:
                 text = _to_jsonl(loaded[split])
@@ -123,11 +111,6 @@ def _exported_from_hub(config: DatasetConfig) -> Path:
 
 
 def _generated(config: DatasetConfig) -> Path:
-    if config.name not in _GENERATORS:
-        raise ExperimentError(
-            f"dataset.source=generated: there is no generator for {config.name}, only for "
-            f"{', '.join(_GENERATORS)}; give a folder with dataset.path=FOLDER"
-        )
     texts = {split: _generated_jsonl(config.name, split) for split in config.splits}
     digest = hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:10]
     folder = hub.cache_dir() / "datasets" / f"generated-{config.name}-{digest}"

@@ -51,7 +51,7 @@ class ImageNet(Task):
         self._config = config
         self._hardware = hardware
         self._recipe = _recipe(config)
-        train, test = (images.find(config.dataset, name) for name in config.dataset.splits[:2])
+        train, test = images.find(config.dataset, config.dataset.splits[:2])
         device = hardware.device
         self._train, self._test = (
             images.open_loader(config.dataset, split, self._recipe, config.seed, device)
@@ -130,7 +130,8 @@ class ImageNet(Task):
 
     @staticmethod
     def num_local_examples(config: DatasetConfig) -> int:
-        num_images = len(images.find(config, config.splits[0]))
+        (train,) = images.find(config, config.splits[:1])
+        num_images = len(train)
         return min(config.num_train or num_images, num_images)
 
     @staticmethod

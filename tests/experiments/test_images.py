@@ -10,12 +10,14 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from experiments import hub
 from experiments.config import DatasetConfig, ImageConfig
 from experiments.data import images
 from experiments.data.generated_images import Patterns
@@ -53,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_of_classes(folder: Path) -> None:
-    split = images.find(_config(path=str(folder)), "train")
+    (split,) = images.find(_config(path=str(folder)), ["train"])
     assert split.source == "local"
     assert not isinstance(split.content, Path)
     by_label = {split.content[i][1]: split.content[i][0] for i in range(len(split))}
@@ -70,9 +72,8 @@ def test_classes_are_counted_over_all_splits_and_mixed_for_subsets(folder: Path)
             Image.new("L", (4, 4), number).save(path)
     (folder / "test" / "dog").mkdir(parents=True)
     Image.new("L", (4, 4), 9).save(folder / "test" / "dog" / "9.png")
-    train, test = (
-        images.find(_config(path=str(folder)), name).content for name in ("train", "test")
-    )
+    splits = images.find(_config(path=str(folder)), ["train", "test"])
+    train, test = (split.content for split in splits)
     assert not isinstance(test, Path)
     assert not isinstance(train, Path)
     assert test[0][1] == 1  # though it is the only class of its split
@@ -82,23 +83,21 @@ def test_classes_are_counted_over_all_splits_and_mixed_for_subsets(folder: Path)
 
 
 def test_parquet_files_that_hold_encoded_images(folder: Path) -> None:
-    import datasets
-
     datasets.disable_progress_bars()
     files = sorted(str(path) for path in folder.rglob("*.png"))
     rows = datasets.Dataset.from_dict({"img": files, "label": [3, 7]})
     rows.cast_column("img", datasets.Image()).to_parquet(
         str(folder / "test-00000-of-00001.parquet")
     )
-    split = images.find(_config(path=str(folder)), "test")
+    (split,) = images.find(_config(path=str(folder)), ["test"])
     assert not isinstance(split.content, Path)
     assert [split.content[i][1] for i in range(len(split))] == [3, 7]
     assert split.content[0][0].size == (40, 30)
     columns = {"picture": "image", "label": "int"}
     with pytest.raises(ExperimentError, match="has no column picture, only img, label"):
-        images.find(_config(path=str(folder), columns=columns), "test")
+        images.find(_config(path=str(folder), columns=columns), ["test"])
     with pytest.raises(ExperimentError, match="column label must hold labels 0 to 4"):
-        images.find(_config(path=str(folder), num_classes=5), "test")
+        images.find(_config(path=str(folder), num_classes=5), ["test"])
 
 
 def test_other_images_have_another_digest_and_a_copy_has_the_same(
@@ -107,7 +106,7 @@ def test_other_images_have_another_digest_and_a_copy_has_the_same(
     """A copy's files are younger, and it may lie on a machine that the run moves to."""
 
     def digest(of: Path) -> str:
-        return images.find(_config(path=str(of)), "train").digest
+        return images.find(_config(path=str(of)), ["train"])[0].digest
 
     copy = tmp_path_factory.mktemp("copy") / "images"
     shutil.copytree(folder, copy, copy_function=shutil.copyfile)
@@ -135,7 +134,7 @@ def test_a_beton_file_with_another_label_has_another_digest(tmp_path: Path) -> N
     for name, content in (("a", Patterns), ("b", Patterns), ("c", Relabelled)):
         path = tmp_path / name / "train.beton"
         beton.write(content("train", 8, 2), path, beton.Storage(jpeg_share=0.0), num_workers=0)
-        split = images.find(_config(path=str(path.parent)), "train")
+        (split,) = images.find(_config(path=str(path.parent)), ["train"])
         assert split.content == path
         digests.append(split.digest)
     assert digests[0] == digests[1] != digests[2]
@@ -143,19 +142,53 @@ def test_a_beton_file_with_another_label_has_another_digest(tmp_path: Path) -> N
 
 def test_what_is_missing_is_named(folder: Path) -> None:
     with pytest.raises(ExperimentError, match=r"no split test.*test\.parquet or a folder"):
-        images.find(_config(path=str(folder)), "test")
+        images.find(_config(path=str(folder)), ["test"])
     with pytest.raises(ExperimentError, match=r"cifar10 \(uoft-cs/cifar10\) could not be fetched"):
-        images.find(_config(source="real"), "train")
+        images.find(_config(source="real"), ["train"])
     with pytest.raises(ExperimentError, match=r"dataset\.num_classes=null"):
-        images.find(_config(source="generated", num_classes=None), "train")
+        images.find(_config(source="generated", num_classes=None), ["train"])
 
 
 def test_without_a_hub_patterns_are_generated_and_it_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    split = images.find(_config(), "train")
+    (split,) = images.find(_config(), ["train"])
     assert split.source == "generated"
     assert "uoft-cs/cifar10" in capsys.readouterr().out
+
+
+def test_all_splits_are_from_the_one_source_that_has_them_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Training on the hub's images was reported with the accuracy on generated patterns."""
+    rows = datasets.Dataset.from_dict({"img": [Image.new("L", (4, 4))], "label": [3]})
+
+    def load(name: str, config: str | None, split: str) -> datasets.Dataset:
+        if split == "test":
+            raise FileNotFoundError("no test")
+        return rows
+
+    monkeypatch.setattr(hub, "load_dataset", load)
+    assert [split.source for split in images.find(_config(), ["train"])] == ["hub"]
+    splits = images.find(_config(), ["train", "test"])
+    assert [split.source for split in splits] == ["generated", "generated"]
+    with pytest.raises(ExperimentError, match=r"source=hub: .*\(no test\)"):
+        images.find(_config(source="hub"), ["train", "test"])
+
+
+def test_a_data_set_that_is_on_no_hub_is_not_looked_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was asked for the data set "None"."""
+
+    def load(*_: object, **__: object) -> None:
+        pytest.fail("it was looked up")
+
+    monkeypatch.setattr(hub, "load_dataset", load)
+    assert images.find(_config(hub_id=None), ["train"])[0].source == "generated"
+    assert "cifar10 is not to be had from the hub (it is on no hub)" in capsys.readouterr().out
+    with pytest.raises(ExperimentError, match="data set cifar10 is on no hub: give a folder"):
+        images.find(_config(hub_id=None, source="real"), ["train"])
 
 
 # Loaders
@@ -307,13 +340,13 @@ def test_without_ffcv_torchvision_takes_over_and_it_is_said(
     images.has_ffcv.cache_clear()
     config = _config(source="generated")
     try:
-        split = images.find(config, "train")
+        (split,) = images.find(config, ["train"])
         loader = images.open_loader(config, split, RECIPE, 0, CPU)
         images.open_loader(config, split, RECIPE, 0, CPU)
         assert loader.name == "torchvision"
         assert capsys.readouterr().out.count("torchvision loads the images") == 1
         (tmp_path / "train.beton").write_bytes(b"")
-        local = images.find(_config(path=str(tmp_path)), "train")
+        (local,) = images.find(_config(path=str(tmp_path)), ["train"])
         with pytest.raises(ExperimentError, match="only FFCV can read this file"):
             images.open_loader(config, local, RECIPE, 0, CPU)
     finally:

@@ -220,8 +220,8 @@ def test_the_command_writes_every_split_once(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--source", "nowhere"], "dataset.path=nowhere: there is no such folder"),
-        (["--splits", "train"], "could not be fetched from the hub"),
+        (["--source", "nowhere"], "error: --source nowhere: there is no such folder"),
+        (["--splits", "train"], "or give a folder of images with --source FOLDER"),
         (["--jpeg-share", "7"], "jpeg_share=7.0: must be from 0 to 1"),
     ],
 )

@@ -1,0 +1,54 @@
+"""Which source a data set comes from: its local folder, the hub or its cache, or generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from experiments.config import DatasetConfig
+from experiments.errors import ExperimentError, reason
+
+T = TypeVar("T")
+
+
+def first(
+    config: DatasetConfig,
+    local: Callable[[Path], T],
+    hub: Callable[[str], T],
+    generated: Callable[[], T] | None,
+) -> tuple[str, T]:
+    """The first source that has the data set, all of its splits, and what was read from it.
+
+    Args:
+        local: reads a folder.
+        hub: reads what has this name on the hub, or raises `OSError`.
+        generated: makes one, which also stands in where the hub is the last source and does not
+            have it; None: nothing does.
+
+    Raises:
+        ExperimentError: no source that may be used has it.
+    """
+    folder = config.local_folder()
+    if folder is not None:
+        return "local", local(folder)
+    if config.source == "generated":
+        if generated is None:
+            raise ExperimentError(
+                f"dataset.source=generated: there is no generator for {config.name}; give a folder "
+                "with dataset.path=FOLDER"
+            )
+        return "generated", generated()
+    try:
+        if config.hub_id is None:
+            raise FileNotFoundError("it is on no hub")
+        return "hub", hub(config.hub_id)
+    except OSError as error:
+        why = reason(error)
+        if config.source == "auto" and generated is not None:
+            print(
+                f"data: {config.hub_id or config.name} is not to be had from the hub ({why}); "
+                "taking generated data instead"
+            )
+            return "generated", generated()
+        raise config.not_found(why) from error
