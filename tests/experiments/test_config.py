@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import yaml
 
 from experiments import tasks
 from experiments.config import run_hash
@@ -33,12 +34,14 @@ def _override(file: Path) -> str:
     if group == "preset":
         task, _, scale = name.rpartition("_")
         return f"task={task} scale={scale}"
-    return f"+sweep={name}" if group == "sweep" else f"{group}={name}"
+    return f"{group}={name}"
 
 
-# All but the tables, which are no choices of a run and are read by tests/report.
+# All but the tables, which are no choices of a run and are read by tests/report, and the sweeps.
 CHOICES = [
-    path for path in sorted((ROOT / "configs").glob("*/*.yaml")) if path.parent.name != "table"
+    path
+    for path in sorted((ROOT / "configs").glob("*/*.yaml"))
+    if path.parent.name not in ("table", "sweep")
 ]
 
 
@@ -54,9 +57,18 @@ def test_every_config_file_composes(composed: Compose, file: Path) -> None:
         "evaluation": config.evaluation.protocol,
         "preset": f"{config.task.name}_{config.scale}",
         "scale": config.scale,
-        "sweep": name,
     }
     assert chosen.get(group) == name or getattr(config, group).name == name
+
+
+@pytest.mark.parametrize("name", _names("sweep"))
+def test_every_value_of_a_sweep_is_a_run_of_its_own(composed: Compose, name: str) -> None:
+    """A key that nothing reads would give the same run again and again."""
+    sweep = yaml.safe_load((ROOT / f"configs/sweep/{name}.yaml").read_text(encoding="utf-8"))
+    ((key, values),) = sweep["hydra"]["sweeper"]["params"].items()
+    runs = [composed(f"+sweep={name}", f"{key}={value}") for value in values.split(",")]
+    assert len({run_hash(run) for run in runs}) == len(runs) > 1
+    assert {run.training.save_model for run in runs} == {False}
 
 
 @pytest.mark.parametrize(("task", "scale"), list(product(_names("task"), _names("scale"))))
