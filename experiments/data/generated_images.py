@@ -1,4 +1,4 @@
-"""Images made from a number, where there are no real ones: for tests and benchmarks."""
+"""Images made from a number, where there are no real ones."""
 
 from __future__ import annotations
 
@@ -36,16 +36,3 @@ class Patterns:
         colour = 0.5 + 0.5 * np.cos(2 * angle + np.array([0, 2, 4]))
         pixels = 128 + 60 * wave[:, :, None] * colour + rng.normal(0, 30, (32, 32, 3))
         return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), label
-
-
-def photograph(seed: int) -> Image.Image:
-    """Coloured 1/f noise of the size of an ImageNet photograph; compresses about like one."""
-    rng = np.random.default_rng(seed)
-    height, width = int(rng.integers(300, 501)), int(rng.integers(400, 601))
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
-    frequency[0, 0] = 1
-    spectrum = rng.normal(size=(3, *frequency.shape)) / frequency**1.2
-    channels = np.fft.irfft2(spectrum, (height, width))
-    mixed = np.tensordot([[1, 0.2, 0], [1, 0, 0.2], [1, -0.2, 0]], channels, axes=1)
-    scaled = 128 + 50 * (mixed - mixed.mean()) / mixed.std()
-    return Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8).transpose(1, 2, 0))

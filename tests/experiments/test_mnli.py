@@ -174,7 +174,6 @@ def test_generated_pairs_are_balanced_repeatable_and_apart() -> None:
     for split, rows in splits.items():
         assert [row["label"] for row in rows].count(2) == 300
         assert sentence_pairs.generate(split, 10) == rows[:10]
-        assert sentence_pairs.generate(split, 10, seed=1) != rows[:10]
     assert not premises["train"] & premises["validation_matched"]
     assert not premises["train"] & premises["validation_mismatched"]
     with pytest.raises(ValueError, match="split='test'"):
