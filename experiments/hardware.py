@@ -30,7 +30,7 @@ class Hardware:
 
     @property
     def param_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return param_dtype(self.precision)
 
     def autocast(self) -> AbstractContextManager[object]:
         if self.precision == "bf16_amp":
@@ -85,6 +85,11 @@ def resolve_precision(config: HardwareConfig) -> str:
         return config.precision
     has_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     return "bf16" if has_gpu else "fp32"
+
+
+def param_dtype(precision: str) -> torch.dtype:
+    """Of the parameters, and of what goes into the model, in a precision that is resolved."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def resolve(config: HardwareConfig) -> Hardware:

@@ -16,7 +16,7 @@ from experiments import activations, optimizers, tasks
 from experiments.config import DatasetConfig, RunConfig
 from experiments.data.order import num_steps
 from experiments.errors import ExperimentError
-from experiments.hardware import resolve_precision
+from experiments.hardware import param_dtype, resolve_precision
 
 UNPLANNED_GIB = 1.0  # what a GPU's driver and the allocator's fragmentation take, roughly
 
@@ -112,8 +112,7 @@ def make(config: RunConfig) -> Plan:
     """
     task = tasks.chosen(config)
     precision = resolve_precision(config.hardware)
-    param_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = task.plan_model(config, param_dtype)
+    model = task.plan_model(config, param_dtype(precision))
     host = HostMemory()
     if config.hardware.activation_checkpointing:
         activations.enable_checkpointing(model, config.hardware, host.keep)

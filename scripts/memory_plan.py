@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from experiments import planning, tasks
 from experiments.atomic import write_text
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
+from experiments.hardware import param_dtype
 from run import compose
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +32,7 @@ END = "<!-- end -->"
 
 def _with_state_of(config: RunConfig, plan: planning.Plan) -> planning.Plan:
     """``plan`` with the optimizer of ``config``."""
-    dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-    model = tasks.by_name(config.task.name).plan_model(config, dtype)
+    model = tasks.by_name(config.task.name).plan_model(config, param_dtype(plan.precision))
     return dataclasses.replace(plan, state_bytes=config.optimizer.state_bytes(model))
 
 

@@ -18,7 +18,7 @@ from experiments.data import images
 from experiments.data.digest import digest
 from experiments.data.order import DataOrder, num_steps
 from experiments.errors import ExperimentError, require
-from experiments.hardware import Hardware, resolve_precision
+from experiments.hardware import Hardware, param_dtype, resolve_precision
 from experiments.progress_bars import evaluation_bar
 from experiments.tasks import Task
 from experiments.tasks.classification import accuracy
@@ -145,7 +145,7 @@ class ImageNet(Task):
         recipe = _recipe(config)
         size = config.forward_batch_size
         side = max(recipe.first_resolution, recipe.last_resolution)
-        dtype = torch.bfloat16 if resolve_precision(config.hardware) == "bf16" else torch.float32
+        dtype = param_dtype(resolve_precision(config.hardware))
         shape = torch.empty(size, 3, side, side, dtype=dtype, device="meta")
         labels = torch.zeros(size, dtype=torch.int64, device="meta")
         return Batch(shape.to(memory_format=torch.channels_last), labels, recipe.label_smoothing)
