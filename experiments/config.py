@@ -252,6 +252,11 @@ class LoggerConfig:
         require_choice("logger.mode", self.mode, "online", "offline")
 
 
+# Optimizers whose state torch or MicroAdam keeps right on shards. The others quantize or factorize
+# whole parameters.
+_SHARDABLE = ("microadam", "adamw", "adam", "sgd")
+
+
 @dataclass
 class RunConfig:
     task: TaskConfig = MISSING
@@ -284,6 +289,8 @@ class RunConfig:
             self.training.gradient_release = isinstance(self.optimizer, MicroAdamConfig)
         if self.training.gradient_release:
             self._require_releasable()
+        if self.hardware.parallel == "fsdp2":
+            self._require_shardable()
 
     def _require_releasable(self) -> None:
         """Gradient release has one backward pass a step and never all gradients at once."""
@@ -310,6 +317,23 @@ class RunConfig:
             "that, or set hardware.activation_checkpointing=true, which takes micro-batches layer "
             "by layer",
         )
+
+    def _require_shardable(self) -> None:
+        """FSDP2 gives each process a shard of every parameter, and of its gradient and state."""
+        require(
+            not self.training.gradient_release,
+            "training.gradient_release",
+            self.training.gradient_release,
+            "a gradient is stepped before the other processes' are added; set it to false, or use "
+            "one process and hardware.parallel=ddp",
+        )
+        require(
+            self.task.name != "imagenet",
+            "hardware.parallel",
+            "fsdp2",
+            "the weights of ResNets lie channels-last, which it cannot shard; use ddp",
+        )
+        require_choice("with hardware.parallel=fsdp2, optimizer", self.optimizer.name, *_SHARDABLE)
 
     @property
     def forward_batch_size(self) -> int:

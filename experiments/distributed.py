@@ -28,17 +28,13 @@ from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.config import RunConfig
-from experiments.errors import ExperimentError, require, require_choice
+from experiments.errors import ExperimentError, require
 from experiments.hardware import Hardware
 from experiments.tasks import Task
 from microadam.distributed import is_sharded
 
 # The other ranks wait this long for rank 0 to evaluate. A rank that dies ends the wait at once.
 _PATIENCE = timedelta(days=7)
-
-# Optimizers whose state torch or MicroAdam keeps right on shards. The others quantize or factorize
-# whole parameters.
-_SHARDABLE = ("microadam", "adamw", "adam", "sgd")
 
 T = TypeVar("T")
 
@@ -58,27 +54,16 @@ def started(config: RunConfig, hardware: Hardware) -> Iterator[None]:
     """Connects the processes while the block runs; only rank 0 prints in it.
 
     Raises:
-        ExperimentError: the optimizer cannot step shards, or would step in the backward pass.
+        ExperimentError: there are several, and the optimizer would step in the backward pass.
     """
-    is_fsdp2 = config.hardware.parallel == "fsdp2"
     require(
-        not config.training.gradient_release or (world_size() == 1 and not is_fsdp2),
+        not config.training.gradient_release or world_size() == 1,
         "training.gradient_release",
         config.training.gradient_release,
         "a gradient is stepped before the other processes' are added; set it to false, or use one "
-        "process and hardware.parallel=ddp",
+        "process",
     )
-    if is_fsdp2:
-        require(
-            config.task.name != "imagenet",
-            "hardware.parallel",
-            "fsdp2",
-            "the weights of ResNets lie channels-last, which it cannot shard; use ddp",
-        )
-        require_choice(
-            "with hardware.parallel=fsdp2, optimizer", config.optimizer.name, *_SHARDABLE
-        )
-    if world_size() == 1 and not is_fsdp2:
+    if world_size() == 1 and config.hardware.parallel != "fsdp2":
         yield
         return
     store: Store = HashStore()

@@ -91,7 +91,8 @@ def of_plan(config: RunConfig, plan: Plan) -> str:
     ]
     if plan.host_bytes:
         memory.append(("on the host", f"{formats.size(plan.host_bytes)} of the layers' inputs"))
-    return f"Plan\n{_table(rows)}\n\nPeak memory by part\n{_table(memory)}"
+    unsharded = ", of one process, unsharded" if hardware.parallel == "fsdp2" else ""
+    return f"Plan\n{_table(rows)}\n\nPeak memory by part{unsharded}\n{_table(memory)}"
 
 
 def _verdict(plan: Plan, memory_gib: float | None) -> str:

@@ -225,12 +225,3 @@ def test_a_batch_that_cannot_be_shared_out_equally_is_refused(
         DataOrder(training, 64, 0, rank=0, world_size=3)
     shares = [DataOrder(training, 64, 0, rank, 4)[5] for rank in range(4)]
     assert sorted(itertools.chain(*shares)) == sorted(DataOrder(training, 64, 0)[5])
-
-
-def test_what_cannot_be_sharded_is_refused(composed: Compose, quick: tuple[str, ...]) -> None:
-    from experiments.runner import execute
-
-    with pytest.raises(ExperimentError, match=r"fsdp2, optimizer=came: choose one of microadam"):
-        execute(composed(*quick, "optimizer=came", "hardware.parallel=fsdp2"))
-    with pytest.raises(ExperimentError, match=r"hardware.parallel=fsdp2: .*channels-last"):
-        execute(composed("task=imagenet", "scale=smoke", "hardware.parallel=fsdp2"))

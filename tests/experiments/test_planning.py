@@ -89,6 +89,15 @@ def test_a_plan_that_does_not_fit_says_by_how_much(
     assert "MiB of the card's 1 GiB, and the driver" in capsys.readouterr().out
 
 
+def test_a_plan_for_shards_says_that_it_is_for_one_process(
+    composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In eight each would take less, and the plan said nothing of it."""
+    for parallel, words in (("ddp", ""), ("fsdp2", ", of one process, unsharded")):
+        execute(composed("scale=smoke", f"hardware.parallel={parallel}", "dry_run=true"))
+        assert f"Peak memory by part{words}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -107,6 +116,20 @@ def test_a_plan_that_does_not_fit_says_by_how_much(
         ),
         (("task=imagenet", "model.dropout=0.1"), "model.dropout=0.1: a ResNet has none"),
         (("task=mnli", "model.dropout=1"), "model.dropout=1.0: must be from 0 to less than 1"),
+        (
+            ("optimizer=came", "hardware.parallel=fsdp2"),
+            "fsdp2, optimizer=came: choose one of micro",
+        ),
+        (("task=imagenet", "hardware.parallel=fsdp2"), "hardware.parallel=fsdp2: .*channels-last"),
+        (
+            (
+                "hardware.parallel=fsdp2",
+                "training.gradient_release=true",
+                "training.max_grad_norm=null",
+                "training.global_batch_size=4",
+            ),
+            "gradient_release=True: .* hardware.parallel=ddp",
+        ),
     ],
 )
 def test_the_plan_refuses_what_the_run_would_refuse(
