@@ -137,7 +137,24 @@ def compose(*overrides: str) -> config.RunConfig:
             composed = hydra.compose("config", overrides=completed(overrides))
         except (HydraException, OmegaConfBaseException) as error:
             raise ExperimentError(_one_line(error)) from error
-    return config.parse(composed)
+    return _parsed(composed, overrides)
+
+
+def _parsed(composed: DictConfig, overrides: Sequence[str]) -> config.RunConfig:
+    """The config that these overrides compose, checked.
+
+    Raises:
+        ExperimentError: as `config.parse`; or an override is of what would change nothing.
+    """
+    run_config = config.parse(composed)
+    for override in overrides:
+        is_of_architecture = override.lstrip("+~").startswith("model.architecture")
+        if is_of_architecture and run_config.model.weights == "pretrained":
+            raise ExperimentError(
+                f"{override}: pretrained weights come with their architecture; leave this out, or "
+                "set model.weights=random"
+            )
+    return run_config
 
 
 class Refused(BaseException):
@@ -155,11 +172,11 @@ def main(composed: DictConfig) -> str:
 
 
 def _execute(composed: DictConfig) -> str:
-    run_config = config.parse(composed)
+    overrides = HydraConfig.get().overrides.task
+    run_config = _parsed(composed, overrides)
     hub.go_offline_if_unreachable()
     from experiments.runner import execute  # torch and transformers load only when a run starts
 
-    overrides = HydraConfig.get().overrides.task
     return str(execute(run_config, overrides))  # what `Sweep` finds the run by
 
 

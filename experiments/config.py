@@ -56,9 +56,21 @@ class ModelConfig:
             "with model.weights=random nothing is read from it; leave it out, or set "
             "model.weights=pretrained",
         )
+        require(
+            self.hub_id is None or self.package is None,
+            "model.hub_id",
+            self.hub_id,
+            f"the weights would be those of model.package={self.package}; to take the hub's, set "
+            "model.package=null too",
+        )
         if self.dropout is not None:
             is_share = 0 <= self.dropout < 1
             require(is_share, "model.dropout", self.dropout, "must be from 0 to less than 1")
+
+    @property
+    def title(self) -> str:
+        """The model's name; where a folder is given, that of the folder."""
+        return self.name if self.path is None else Path(self.path).resolve().name
 
 
 @dataclass

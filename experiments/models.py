@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,22 +111,36 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
         model = model_class.from_config(_architecture(config, settings), dtype=torch.float32)
         return LoadedModel(model, tokenizer, "random")
     location, source = pretrained.locate(config)
-    try:
-        own = transformers.AutoConfig.from_pretrained(location, **settings)
-        _require_ability(config, own.model_type, model_class)
-        own = _with_dropout(own, config.dropout)
+    with _loading(config, location):
+        own = _saved_config(config, location, model_class, settings)
         model = model_class.from_pretrained(location, config=own, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError) as error:  # ValueError: of a type or tokenizer that is unknown
-        raise ExperimentError(
-            f"model {config.name} could not be loaded from {location} "
-            f"({reason(error)}): go online with access to it, give a folder with "
-            "model.path=FOLDER, or use model.weights=random"
-        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id  # ends a text for a causal classifier
     return LoadedModel(model, tokenizer, source)
+
+
+@contextmanager
+def _loading(config: ModelConfig, location: str) -> Iterator[None]:
+    """Turns what transformers says of files that are missing or broken into a sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: of a type or tokenizer that is unknown
+        raise ExperimentError(
+            f"model {config.title} could not be loaded from {location} "
+            f"({reason(error)}): go online with access to it, give a folder with "
+            "model.path=FOLDER, or use model.weights=random"
+        ) from error
+
+
+def _saved_config(
+    config: ModelConfig, location: str, model_class: Any, settings: dict[str, Any]
+) -> transformers.PretrainedConfig:
+    """The transformers config that lies with the weights."""
+    own = transformers.AutoConfig.from_pretrained(location, **settings)
+    _require_ability(config, own.model_type, model_class)
+    return _with_dropout(own, config.dropout)
 
 
 def _require_ability(config: ModelConfig, model_type: str | None, model_class: Any) -> None:
@@ -133,8 +148,8 @@ def _require_ability(config: ModelConfig, model_type: str | None, model_class: A
     kind = "it is no language model" if model_type is None else f"its type is {model_type}"
     require(
         model_type in model_types,
-        "model",
-        config.name,
+        "model" if config.path is None else "model.path",
+        config.path or config.name,
         f"{kind}; this task needs a model that {ability}",
     )
 
@@ -142,12 +157,16 @@ def _require_ability(config: ModelConfig, model_type: str | None, model_class: A
 def _on_meta(
     config: ModelConfig, model_class: Any, dtype: torch.dtype, **settings: Any
 ) -> PreTrainedModel:
-    _require_ability(config, config.architecture.get("model_type"), model_class)
+    if config.path is None:
+        _require_ability(config, config.architecture.get("model_type"), model_class)
+        own = _architecture(config, settings)
+    else:
+        location, _ = pretrained.locate(config)
+        with _loading(config, location):
+            own = _saved_config(config, location, model_class, settings)
     AttentionInterface.register("shapes_only", _flash_attention_shapes)
     with torch.device("meta"):
-        return model_class.from_config(
-            _architecture(config, settings), dtype=dtype, attn_implementation="shapes_only"
-        )
+        return model_class.from_config(own, dtype=dtype, attn_implementation="shapes_only")
 
 
 def _flash_attention_shapes(

@@ -30,7 +30,7 @@ def locate(config: ModelConfig) -> tuple[str, str]:
             folder,
             "it has no config.json; it must be a folder that transformers' save_pretrained wrote",
         )
-        return config.path, f"folder {folder.name}"
+        return config.path, f"folder {config.title}"
     if config.package is not None:
         return str(_package_folder(config)), f"package {_package_version(config.package)}"
     return str(config.hub_id), f"hub {config.hub_id}"

@@ -102,7 +102,7 @@ def _run(
     optimizers.check(config.optimizer)
     if is_first:
         run.start(config)
-        print(f"loading {config.dataset.name} and {config.model.name}", flush=True)
+        print(f"loading {config.dataset.name} and {config.model.title}", flush=True)
     task = chosen_task(config, machine)
     found = distributed.from_all((task.data_source, task.num_examples, task.data_digest))
     remedy = (
@@ -178,7 +178,7 @@ def _train_and_evaluate(
         "run": run.hash,
         **origin,
         "task": config.task.name,
-        "model": config.model.name,
+        "model": config.model.title,
         "optimizer": config.optimizer.name,
         "scale": config.scale,
         "seed": config.seed,

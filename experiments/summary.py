@@ -61,7 +61,7 @@ def of_plan(config: RunConfig, plan: Plan) -> str:
     rows = [
         (
             "model",
-            f"{config.model.name}, {plan.num_params:,} parameters, {config.model.weights} weights",
+            f"{config.model.title}, {plan.num_params:,} parameters, {config.model.weights} weights",
         ),
         ("task", f"{config.task.name} ({config.scale}), {plan.num_examples:,} examples"),
         ("training", f"{length} = {plan.num_steps} steps, global batch {train.global_batch_size}"),
@@ -139,7 +139,7 @@ def of_start(
     rows = [
         (
             "model",
-            f"{config.model.name} ({task.model_source}), {num_params:,} parameters",
+            f"{config.model.title} ({task.model_source}), {num_params:,} parameters",
         ),
         (
             "data",

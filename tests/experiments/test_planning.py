@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from experiments import planning
+from experiments import models, planning, pretrained
 from experiments.errors import ExperimentError
 from experiments.planning import LiveBytes
+from experiments.records import RunFolder
 from experiments.runner import execute
 from tests.experiments.helpers import Compose
 
@@ -70,6 +72,38 @@ def test_a_plan_for_generated_data_counts_that(
     overrides = ("dataset.source=generated", "dataset.num_train=null", "dry_run=true")
     execute(composed(f"task={task}", "scale=smoke", *overrides))
     assert f"(smoke), {num} examples" in capsys.readouterr().out
+
+
+def test_the_model_of_a_folder_is_planned_and_named_as_it_trains(
+    composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan was of the preset's architecture, under its name."""
+    config = composed("scale=smoke").model
+    config.architecture = {**config.architecture, "num_hidden_layers": 3}
+    loaded = models.load_causal_lm(config)
+    pretrained.save(loaded.model, loaded.tokenizer, tmp_path / "mine")
+    short = ("hardware=cpu", "training.max_steps=1", "evaluation.harness={}", "evaluation.limit=2")
+    given = ("scale=smoke", *short, f"model.path={tmp_path / 'mine'}", "model.weights=pretrained")
+    execute(composed(*given, "dry_run=true"))
+    printed = f"mine, {loaded.model.num_parameters():,} parameters, pretrained weights"
+    assert printed in capsys.readouterr().out
+    execute(composed(*given))
+    record = RunFolder(composed(*given)).finished_record()
+    assert record is not None
+    assert (record["model"], record["num_params"]) == ("mine", loaded.model.num_parameters())
+    assert "microadam on mine, gsm8k" in capsys.readouterr().out
+
+
+def test_the_plan_refuses_a_folder_whose_model_this_task_cannot_train(
+    composed: Compose, tmp_path: Path
+) -> None:
+    AutoConfig.for_model("bert").save_pretrained(tmp_path)
+    given = ("scale=smoke", f"model.path={tmp_path}", "model.weights=pretrained")
+    with pytest.raises(ExperimentError, match=f"model.path={tmp_path}: its type is bert"):
+        planning.make(composed(*given))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ExperimentError, match=f"could not be loaded from {tmp_path}"):
+        planning.make(composed(*given))
 
 
 def test_warm_up_as_long_as_the_run_is_said_to_be(
@@ -186,7 +220,6 @@ def test_the_planned_activations_are_those_of_the_same_step_on_real_tensors(
     composed: Compose,
 ) -> None:
     """Shapes alone must give what real tensors give; only attention's own buffers may differ."""
-    from experiments import models
     from experiments.tasks import causal_lm
 
     config = composed("scale=smoke")
