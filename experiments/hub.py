@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 from urllib.request import getproxies
+
+if TYPE_CHECKING:
+    import datasets
 
 _CONNECT_TIMEOUT_S = 3.0
 
@@ -42,6 +46,24 @@ def load_dataset(name: str, config: str | None, **options: Any) -> Any:
         return datasets.load_dataset(name, config, **options)
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise FileNotFoundError(str(error)) from error
+
+
+def data_revision(rows: datasets.Dataset) -> str | None:
+    """The commit of the hub's data set that rows of `load_dataset` are from; None: unknown.
+
+    ``datasets`` names the folder in its cache after it.
+    """
+    folders = [Path(file["filename"]).parent.name for file in rows.cache_files]
+    is_known = bool(folders) and re.fullmatch("[0-9a-f]{40}", folders[0])
+    return folders[0] if is_known else None
+
+
+def model_revision(name: str) -> str | None:
+    """The commit of the model that was loaded from the hub or its cache; None: unknown."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(name, "config.json")  # .../snapshots/<commit>/config.json
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def cache_dir() -> Path:

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from experiments import pretrained
+from experiments import hub, pretrained
 from experiments.config import ModelConfig
 from experiments.errors import ExperimentError, reason, require
 
@@ -49,6 +49,7 @@ class LoadedModel:
     model: PreTrainedModel  # float32, on the CPU
     tokenizer: PreTrainedTokenizerBase
     source: str  # random, or where the weights came from
+    revision: str | None  # the hub's commit, where it is known
 
 
 def quieten_transformers() -> None:
@@ -109,7 +110,7 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
         # Before the model is made: the row of the padding is left out of its embeddings.
         settings["pad_token_id"] = tokenizer.pad_token_id
         model = model_class.from_config(_architecture(config, settings), dtype=torch.float32)
-        return LoadedModel(model, tokenizer, "random")
+        return LoadedModel(model, tokenizer, "random", None)
     location, source = pretrained.locate(config)
     with _loading(config, location):
         own = _saved_config(config, location, model_class, settings)
@@ -118,7 +119,10 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id  # ends a text for a causal classifier
-    return LoadedModel(model, tokenizer, source)
+    is_from_hub = config.path is None and config.package is None
+    return LoadedModel(
+        model, tokenizer, source, hub.model_revision(location) if is_from_hub else None
+    )
 
 
 @contextmanager

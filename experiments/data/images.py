@@ -90,6 +90,7 @@ class Split:
     name: str
     source: str  # local | hub | generated
     content: Images | Path  # the images, or a .beton file that the user has made
+    revision: str | None  # the hub's commit, where it is known
 
     def __len__(self) -> int:
         return num_images_in(self.content) if isinstance(self.content, Path) else len(self.content)
@@ -115,7 +116,10 @@ def find(config: DatasetConfig, names: Sequence[str]) -> list[Split]:
         generated=lambda: [_generated(config, name) for name in names],
     )
     source, contents = found
-    return [Split(name, source, content) for name, content in zip(names, contents, strict=True)]
+    return [
+        Split(name, source, content, content.revision if isinstance(content, _Rows) else None)
+        for name, content in zip(names, contents, strict=True)
+    ]
 
 
 def open_loader(
@@ -231,8 +235,8 @@ def from_hub(config: DatasetConfig, hub_id: str, name: str) -> Images:
         OSError: they cannot be had.
     """
     rows = hub.load_dataset(hub_id, config.hub_config, split=name)
-    identity = f"hub {hub_id} {name} {len(rows)}"
-    return _Rows(rows, config, hub_id, identity, identity)
+    identity, revision = f"hub {hub_id} {name} {len(rows)}", hub.data_revision(rows)
+    return _Rows(rows, config, hub_id, f"{identity} {revision}", identity, revision)
 
 
 def from_folder(config: DatasetConfig, folder: Path, name: str) -> Images | Path:
@@ -309,7 +313,13 @@ class _Rows:
     """A `datasets.Dataset` with an image and a label in every row."""
 
     def __init__(
-        self, rows: datasets.Dataset, config: DatasetConfig, where: str, identity: str, files: str
+        self,
+        rows: datasets.Dataset,
+        config: DatasetConfig,
+        where: str,
+        identity: str,
+        files: str,
+        revision: str | None = None,
     ) -> None:
         import datasets
 
@@ -329,6 +339,7 @@ class _Rows:
         self._rows = rows.cast_column(self._image, datasets.Image())
         self.identity = identity
         self.digest = digest([files.encode(), labels.astype(np.int64).tobytes()])
+        self.revision = revision
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -22,6 +22,8 @@ from experiments.errors import ExperimentError, require
 Row = dict[str, Any]
 _TYPES: dict[str, type] = {"str": str, "int": int, "list": list, "dict": dict}
 
+_REVISION = "revision.txt"  # in an export from the hub
+
 # Rows for a split where neither a folder nor the hub has it.
 _GENERATORS: dict[str, Callable[[str, int], list[Row]]] = {
     "gsm8k": word_problems.generate,
@@ -51,6 +53,7 @@ class TextData:
 
     source: str  # local | hub | generated
     rows: dict[str, list[Row]]
+    revision: str | None  # the hub's commit, where it is known
 
     @property
     def digest(self) -> str:
@@ -86,7 +89,9 @@ def load(config: DatasetConfig, splits: Sequence[str] | None = None) -> TextData
         rows["train"], rows["test"] = rows["train"][:num_left], rows["train"][num_left:]
     if config.num_train is not None and "train" in rows:
         rows["train"] = rows["train"][: config.num_train]
-    return TextData(source, rows)
+    file = folder / _REVISION
+    is_known = source == "hub" and file.is_file()  # exports of before have none
+    return TextData(source, rows, file.read_text(encoding="utf-8") if is_known else None)
 
 
 def _find(config: DatasetConfig) -> tuple[str, Path]:
@@ -107,6 +112,9 @@ def _exported_from_hub(hub_id: str, hub_config: str | None) -> Path:
             for split in loaded:
                 text = _to_jsonl(loaded[split])
                 (partial / f"{split}.jsonl").write_text(text, encoding="utf-8")
+            revision = hub.data_revision(next(iter(loaded.values())))
+            if revision is not None:
+                (partial / _REVISION).write_text(revision, encoding="utf-8")
     return folder
 
 

@@ -29,8 +29,10 @@ class Task(ABC):
 
     model: torch.nn.Module  # on the device, parameters in their dtype
     model_source: str
+    model_revision: str | None = None  # the hub's commit, where it is known
     data_source: str  # local | hub | generated
     data_digest: str  # another one where the data is other data, whatever its source
+    data_revision: str | None = None  # likewise
     num_examples: int  # to train on
     num_overlong_examples: int  # to train on, but longer than the maximal length: left out, or cut
     cuts_overlong_examples = False

@@ -171,6 +171,7 @@ class CausalLM(Task):
         self._hardware = hardware
         data = text.load(config.dataset)
         self.data_source, self.data_digest = data.source, data.digest
+        self.data_revision = data.revision
         remedy = "there is no split test: hold some rows out"
         require("test" in data.rows, "dataset.num_held_out", config.dataset.num_held_out, remedy)
         self._harness = Harness(config.evaluation)
@@ -178,6 +179,7 @@ class CausalLM(Task):
         self._tokenizer = loaded.tokenizer
         self.model = loaded.model.to(hardware.device, hardware.param_dtype)
         self.model_source = loaded.source
+        self.model_revision = loaded.revision
         self._harness.check(self.model, self._tokenizer)
         self._train = self._encode(data.rows["train"])
         self._test = self._encode(data.rows["test"])

@@ -59,6 +59,7 @@ class ImageNet(Task):
         )
         self.data_source = train.source
         self.data_digest = digest(split.digest.encode() for split in (train, test))
+        self.data_revision = train.revision
         self.data_loader = self._train.name
         self.num_examples = min(config.dataset.num_train or len(train), len(train))
         model = vision_models.resnet(config.model, images.num_classes(config.dataset))

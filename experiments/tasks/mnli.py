@@ -38,10 +38,12 @@ class MNLI(Task):
         self._hardware = hardware
         data = text.load(config.dataset)
         self.data_source, self.data_digest = data.source, data.digest
+        self.data_revision = data.revision
         loaded = models.load_classifier(config.model, LABELS)
         self._tokenizer = loaded.tokenizer
         self.model = loaded.model.to(hardware.device, hardware.param_dtype)
         self.model_source = loaded.source
+        self.model_revision = loaded.revision
         self._train = self._encode("train", data.rows["train"])
         self.num_examples = len(self._train)
         self.num_overlong_examples = _num_cut(self._train)

@@ -169,11 +169,29 @@ def test_all_splits_are_from_the_one_source_that_has_them_all(
         return rows
 
     monkeypatch.setattr(hub, "load_dataset", load)
-    assert [split.source for split in images.find(_config(), ["train"])] == ["hub"]
+    (train,) = images.find(_config(), ["train"])
+    assert (train.source, train.revision) == ("hub", None)  # they lie in memory alone
     splits = images.find(_config(), ["train", "test"])
     assert [split.source for split in splits] == ["generated", "generated"]
     with pytest.raises(ExperimentError, match=r"source=hub: .*\(no test\)"):
         images.find(_config(source="hub"), ["train", "test"])
+
+
+def test_the_hubs_commit_belongs_to_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another commit, they are converted for FFCV again."""
+    identities = []
+    for commit in (40 * "a", 40 * "b"):
+        rows = datasets.Dataset.from_dict({"img": [Image.new("L", (4, 4))], "label": [3]})
+        rows.save_to_disk(tmp_path / commit)
+        loaded = datasets.load_from_disk(tmp_path / commit)
+        monkeypatch.setattr(hub, "load_dataset", lambda *_, rows=loaded, **__: rows)
+        (split,) = images.find(_config(), ["train"])
+        assert split.revision == commit
+        assert not isinstance(split.content, Path)
+        identities.append(split.content.identity)
+    assert identities[0] != identities[1]
 
 
 def test_a_data_set_that_is_on_no_hub_is_not_looked_up(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
@@ -286,6 +287,23 @@ def test_every_probability_of_dropout_is_changed_and_nothing_else(
     own = vars(AutoConfig.for_model(**config.architecture))
     assert {name for name in own if changed[name] != own[name]} == names
     assert {changed[name] for name in names} == {0.3}
+
+
+def test_the_hubs_commit_is_kept_with_its_weights(
+    composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded from a cache of the hub as transformers and huggingface_hub lay it out."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    own = models.load_classifier(composed(*SMOKE).model, LABELS)
+    assert own.revision is None
+    commit = 40 * "a"
+    repository = tmp_path / "models--some--model"
+    pretrained.save(own.model, own.tokenizer, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    config = composed(*SMOKE, "model.weights=pretrained", "model.hub_id=some/model").model
+    loaded = models.load_classifier(config, LABELS)
+    assert (loaded.source, loaded.revision) == ("hub some/model", commit)
 
 
 def test_weights_in_a_package_are_found_without_importing_it(

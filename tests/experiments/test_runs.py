@@ -60,6 +60,7 @@ def test_a_run_learns_and_its_record_says_what_it_was(
     assert metrics["eval/gsm8k/num_samples"] == 2
     assert record["data_source"] == "generated"
     assert record["model_source"] == "random"
+    assert (record["data_revision"], record["model_revision"]) == (None, None)
     assert record["hardware"]["precision"] == "fp32"
     assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert record["config"]["optimizer"]["window_size"] == 10

@@ -83,6 +83,22 @@ def test_without_a_hub_the_problems_are_generated_and_it_is_said(
     assert set(data.rows["test"][0]) == {"question", "answer"}
 
 
+@pytest.mark.parametrize("folder_name", [40 * "a", "0.0.0"])
+def test_the_hubs_commit_is_kept_with_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder_name: str
+) -> None:
+    """The hub's data set can change while a run's config stays the same."""
+    cached = tmp_path / folder_name
+    datasets.Dataset.from_list(ROWS).save_to_disk(cached)
+    splits = datasets.DatasetDict(train=datasets.load_from_disk(cached))
+    monkeypatch.setenv("MICROADAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: splits)
+    for _ in range(2):  # the second time from the export
+        data = text.load(_config(source="hub", splits=["train"]))
+        assert data.rows == {"train": ROWS}
+        assert data.revision == (folder_name if len(folder_name) == 40 else None)
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
