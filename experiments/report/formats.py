@@ -5,18 +5,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def size(num_bytes: float) -> str:
-    """``91.2 MiB`` or ``5.87 GiB``."""
+def size(num_bytes: float, spread: float | None = None) -> str:
+    """``91.2 MiB`` or ``5.87 GiB``; with a spread ``5.87 ± 0.12 GiB``."""
     if num_bytes >= 2**30:
-        return f"{num_bytes / 2**30:.2f} GiB"
-    return f"{num_bytes / 2**20:.1f} MiB"
+        return _with_unit(num_bytes, spread, 2**30, 2, "GiB")
+    return _with_unit(num_bytes, spread, 2**20, 1, "MiB")
 
 
-def duration(seconds: float) -> str:
-    """``48 s``, ``5.2 min`` or ``3.1 h``."""
+def duration(seconds: float, spread: float | None = None) -> str:
+    """``48 s``, ``5.2 min`` or ``3.1 h``; with a spread ``5.2 ± 0.3 min``."""
     if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return _with_unit(seconds, spread, 1, 0, "s")
+    if seconds < 5400:
+        return _with_unit(seconds, spread, 60, 1, "min")
+    return _with_unit(seconds, spread, 3600, 1, "h")
+
+
+def number(value: float, spread: float | None = None) -> str:
+    """``0.876`` or ``0.876 ± 0.005``."""
+    return _with_unit(value, spread, 1, 3, "")
+
+
+def percent(share: float, spread: float | None = None) -> str:
+    """``61.0`` or ``61.0 ± 1.4``, without the sign."""
+    return _with_unit(share, spread, 0.01, 1, "")
+
+
+def _with_unit(
+    value: float, spread: float | None, unit: float, num_decimals: int, name: str
+) -> str:
+    """A spread that would read 0 is left out."""
+    text = f"{value / unit:.{num_decimals}f}"
+    spread_text = f"{(spread or 0.0) / unit:.{num_decimals}f}"
+    if float(spread_text) > 0:
+        text += f" ± {spread_text}"
+    return f"{text} {name}".rstrip()
 
 
 def rate(learning_rate: float) -> str:

@@ -21,9 +21,9 @@ from experiments.report.records import Record
 
 DEFAULT_SCALE = "mini"  # whose table has no scale in its file name
 
-_FORMATS: dict[str, Callable[[float], str]] = {
-    "number": lambda value: f"{value:.3f}",
-    "percent": lambda value: f"{100 * value:.1f}",
+_FORMATS: dict[str, Callable[[float, float | None], str]] = {
+    "number": formats.number,
+    "percent": formats.percent,
     "bytes": formats.size,
     "seconds": formats.duration,
 }
@@ -170,13 +170,9 @@ def _value(column: Column, records: list[Record]) -> Value | None:
     values = [statistics.fmean(present) for present in of_records if present]
     if not values:
         return None
-    to_text = _FORMATS[column.unit]
     mean = statistics.fmean(values)
-    if len(values) == 1:
-        return Value(mean, None, to_text(mean))
-    std = statistics.stdev(values)
-    is_visible = to_text(std) != to_text(0.0)
-    return Value(mean, std, to_text(mean) + (f" ± {to_text(std)}" if is_visible else ""))
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Value(mean, std, _FORMATS[column.unit](mean, std))
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -189,17 +185,17 @@ def _selection(states: list[State], rows: list[Row]) -> list[str]:
     if any(len(state.cell.learning_rates) > 1 for state in states):
         sentences.append(
             "Learning rate: the one with the lowest training loss over the last tenth of the "
-            f"steps with seed {states[0].cell.seeds[0]}; the best runs with all seeds; the score "
-            "took no part."
+            f"steps with seed {states[0].cell.seeds[0]} runs with all seeds; the score plays no "
+            "part in the choice."
         )
     else:
-        sentences.append("Learning rate: one for each row, chosen beforehand.")
+        sentences.append("Learning rate: one per row, fixed in advance.")
     if any(row.is_best_at_edge for row in rows):
-        sentences.append("* the best is the lowest or the highest that was tried.")
+        sentences.append("* the best rate is the lowest or the highest that was tried.")
     if any("±" in value.text for row in rows for value in row.values if value is not None):
-        sentences.append("± is the standard deviation of a sample, over seeds.")
+        sentences.append("± is the sample standard deviation over seeds.")
     elif all(row.num_seeds <= 1 for row in rows):
-        sentences.append("One seed: the spread is not known.")
+        sentences.append("One seed: the spread is unknown.")
     return sentences
 
 
@@ -210,10 +206,10 @@ def _provenance(records: list[Record], columns: list[Column]) -> list[str]:
         return _listed(str(record.values[name]) for record in records)
 
     memory = {
-        ("cpu", "process"): "the most the process held, with libraries, evaluation and what was "
-        "freed",
-        ("cpu", "training"): "the most the process held in training, with libraries and what was "
-        "freed",
+        ("cpu", "process"): "the largest resident memory of the process, with libraries, "
+        "evaluation and freed memory that it kept",
+        ("cpu", "training"): "the largest resident memory of the process in training, with "
+        "libraries and freed memory that it kept",
         ("cuda", "process"): "the most allocated on the GPU, evaluation included",
         ("cuda", "training"): "the most allocated on the GPU in training",
     }

@@ -77,8 +77,8 @@ def test_a_caption_explains_only_marks_that_are_in_the_table() -> None:
     found = [record(lr=lr, metrics={"train/final_loss": loss}) for lr, loss in losses.items()]
     one_seed = made(found, grid)
     assert "*" in one_seed.cells(one_seed.rows[0])[-2]
-    assert "* the best is the lowest or the highest that was tried." in one_seed.caption
-    assert "One seed: the spread is not known." in one_seed.caption
+    assert "* the best rate is the lowest or the highest that was tried." in one_seed.caption
+    assert "One seed: the spread is unknown." in one_seed.caption
     lower = record(lr=1e-3, seed=7), record(lr=2e-3, metrics={"train/final_loss": 0.85})
     two_seeds = made([*found, *lower], dataclasses.replace(grid, learning_rates=(1e-4, 1e-3, 2e-3)))
     caption = " ".join(two_seeds.caption)
@@ -134,8 +134,8 @@ def test_the_caption_says_what_the_numbers_rest_on() -> None:
 @pytest.mark.parametrize(
     ("device", "peak_of", "text"),
     [
-        ("cpu", None, "the most the process held, with libraries, evaluation and what was freed"),
-        ("cpu", "training", "the most the process held in training, with libraries and what was"),
+        ("cpu", None, "of the process, with libraries, evaluation and freed memory that it kept"),
+        ("cpu", "training", "of the process in training, with libraries and freed memory that"),
         ("cuda", None, "the most allocated on the GPU, evaluation included."),
         ("cuda", "training", "the most allocated on the GPU in training."),
     ],
