@@ -1,9 +1,9 @@
-"""How many images a second FFCV and torchvision load: the same images, recipe and cores.
+"""Images per second loaded by FFCV and torchvision: the same images, recipe and cores.
 
     python -m benchmarks.loading
     python -m benchmarks.loading --folder path/to/imagenet
 
-The recipe is that of ImageNet's training: decode, random resized crop, flip, batch. Images are
+The recipe is that of training on ImageNet: decode, random resized crop, flip, batch. The images are
 those of a folder train/<class>/, or generated JPEGs about as large as ImageNet's. The loaders take
 turns, after one round that does not count; a round is timed from its first batch to its last, so
 neither FFCV's compilation nor the start of torchvision's workers counts.
@@ -33,7 +33,7 @@ from experiments.data.images import ImageLoader, Images
 from experiments.data.torchvision_images import TorchvisionLoader
 
 BASELINE = "torchvision, JPEG"
-# How FFCV keeps the images: its smallest files, ffcv-imagenet's for a ResNet-50, and its fastest.
+# How FFCV stores the images: its smallest files, ffcv-imagenet's for a ResNet-50, and its fastest.
 JPEG_SHARES = {"FFCV, JPEG": 1.0, "FFCV, half JPEG": 0.5, "FFCV, pixels": 0.0}
 
 
@@ -47,12 +47,12 @@ def folder_images(folder: Path) -> Images:
     )
     content = images.from_folder(config, folder, "train")
     if isinstance(content, Path):
-        raise SystemExit(f"--folder {folder}: {content} is no folder of images")
+        raise SystemExit(f"--folder {folder}: {content} is not a folder of images")
     return content
 
 
 def _photograph(seed: int) -> Image.Image:
-    """Coloured 1/f noise of the size of an ImageNet photograph; compresses about like one."""
+    """Coloured 1/f noise the size of an ImageNet photograph, which compresses about as well."""
     rng = np.random.default_rng(seed)
     height, width = int(rng.integers(300, 501)), int(rng.integers(400, 601))
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
@@ -65,7 +65,7 @@ def _photograph(seed: int) -> Image.Image:
 
 
 def write_photographs(folder: Path, num_images: int) -> None:
-    """Generated JPEGs of one class."""
+    """Writes generated JPEGs of one class."""
     (folder / "train" / "generated").mkdir(parents=True)
     for number in tqdm(range(num_images), desc="generating", unit="image"):
         path = folder / "train" / "generated" / f"{number:06}.JPEG"
@@ -73,7 +73,7 @@ def write_photographs(folder: Path, num_images: int) -> None:
 
 
 def make_loaders(source: Images, folder: Path) -> dict[str, ImageLoader]:
-    """A loader for each way to keep the images."""
+    """A loader for each way to store the images."""
     cpu = torch.device("cpu")
     recipe = ImageConfig(first_resolution=1, last_resolution=1, eval_resolution=1)
     loaders: dict[str, ImageLoader] = {BASELINE: TorchvisionLoader(source, recipe, 0, cpu)}
@@ -104,8 +104,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="holds train/<class>/ (default: generated)")
     parser.add_argument("--num-images", type=int, default=512, help="to generate")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=24, help="in a round")
-    parser.add_argument("--resolution", type=int, default=192, help="of the crops, pixels a side")
+    parser.add_argument("--batches", type=int, default=24, help="per round")
+    parser.add_argument(
+        "--resolution", type=int, default=192, help="of the crops, in pixels per side"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--num-threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("results/benchmark_loading"))

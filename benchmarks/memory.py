@@ -1,4 +1,4 @@
-"""Bytes of optimizer state a parameter, measured on the state tensors after one step.
+"""Bytes of optimizer state per parameter, measured on the state tensors after one step.
 
 python -m benchmarks.memory
 """
@@ -50,7 +50,7 @@ def main() -> None:
                     }
                 )
 
-    # One line an optimizer, one column a model and dtype.
+    # One line per optimizer, one column per model and dtype.
     cases = [(model, dtype) for model in args.models for dtype in args.dtypes]
     lines = []
     for name in args.optimizers:

@@ -64,15 +64,15 @@ MODELS: dict[str, Shapes] = {
     "resnet-50": resnet_50(),
 }
 
-# The same shapes, but most rows of the embeddings have no gradient. How many have one: 32 pairs of
-# MNLI hold some 500 different tokens at 64 positions.
+# The same shapes, but most rows of the embeddings have no gradient. The numbers of rows that do:
+# 32 pairs of MNLI contain some 500 different tokens at 64 positions.
 SPARSE_MODELS = {"bert-base-mnli": "bert-base"}
 ROWS_WITH_GRADIENT = {(30_522, 768): 500, (512, 768): 64}
 
-# For GPUs, whose steps must last well longer than a launch to be measured.
+# For GPUs, where a step must take much longer than a launch to be measurable.
 LARGE_MODELS: dict[str, Shapes] = {"2^30": [(1 << 30,)], "llama2-7b": llama2_7b()}
 
-# What a step costs beside its arithmetic.
+# For the cost of a step apart from its arithmetic.
 SMALL_MODELS: dict[str, Shapes] = {"200 x 16": [(16,)] * 200, "200 x 768": [(768,)] * 200}
 
 

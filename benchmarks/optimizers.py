@@ -1,4 +1,4 @@
-"""MicroAdam and its rivals, as far as they are installed here."""
+"""MicroAdam and those of its rivals that are installed here."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _from(module: str, name: str, **arguments: object) -> Factory:
 
 
 def _galore(params: Parameters) -> Optimizer:
-    """Rank 256 for the matrices that are at least that large; not for embeddings."""
+    """Rank 256 for matrices that are at least that large, except embeddings."""
     groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
     for p in params:
         is_matrix = p.dim() == 2 and min(p.shape) >= 256 and max(p.shape) < 30_000
@@ -44,7 +44,7 @@ _FACTORIES: dict[str, tuple[str, Factory]] = {  # name: (module it needs, how it
     "FlashAdamW": ("flashoptim", _from("flashoptim", "FlashAdamW")),
     "GaLore": ("experiments", _galore),
     "CAME": ("experiments", _from("experiments.came", "CAME", lr=1e-3)),
-    # The last, since it overwrites gradients.
+    # Last, since it overwrites gradients.
     ORIGINAL: (
         "ista_daslab_optimizers",
         _from("ista_daslab_optimizers", "MicroAdam", m=10, lr=1e-3, quant_block_size=100_000),
@@ -85,9 +85,9 @@ def make_parameters(
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of all state tensors, those inside tensor subclasses and other objects included.
+    """Bytes of all state tensors, including those inside tensor subclasses and other objects.
 
-    What several share counts once, as bitsandbytes' maps from a code to its value.
+    Shared storage, such as bitsandbytes' maps from codes to values, counts once.
     """
     if isinstance(optimizer, MicroAdam):
         return optimizer.state_bytes()

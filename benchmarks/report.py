@@ -1,4 +1,4 @@
-"""What every benchmark tells beside its numbers, and the two files it writes."""
+"""What every benchmark reports besides its numbers, and the two files it writes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _cpu_name() -> str:
 
 
 def table(headers: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table that is also readable as it stands."""
+    """A Markdown table that is also readable as plain text."""
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     lines = [headers, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -58,7 +58,7 @@ def table(headers: list[str], rows: list[list[str]]) -> str:
 
 
 def write(output: Path, title: str, notes: list[str], tables: str, results: dict[str, Any]) -> str:
-    """Writes the tables beside the numbers, ``output`` .json and .md; returns the latter's text."""
+    """Writes the numbers to ``output`` .json and the tables to .md; returns the latter's text."""
     facts = ", ".join(f"{k} {v}" for k, v in results["environment"].items() if k != "command")
     command = results["environment"]["command"]
     text = f"# {title}\n\n`{command}`\n\n{facts}\n\n" + "\n".join(notes) + f"\n\n{tables}\n"

@@ -3,10 +3,10 @@
     python -m benchmarks.step
 
 Machines are noisy, so the two optimizers step in turn, and only quiet rounds count: those in which
-fused AdamW was within 25% of its own best tenth, and our threads waited for a core during at most
-2% of the time. (On a CPU the first is not enough: fused AdamW waits for memory, and a single core
-suffices for that.) The ratio is the median over quiet rounds; beside it stand the quartiles. Where
-no round was quiet, all count, and the table says so.
+fused AdamW was within 25% of its own best tenth, and our threads waited for a core at most 2% of
+the time. (On a CPU the first criterion is not enough: fused AdamW waits for memory, and a single
+core suffices for that.) The ratio is the median over quiet rounds, given with its quartiles. If no
+round was quiet, all count, and the table says so.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from benchmarks.optimizers import (
 from microadam import BlockLayout
 
 NUM_WARM_UP = 12  # fills MicroAdam's window
-NUM_GRADIENTS = 4  # steps see them in turn
+NUM_GRADIENTS = 4  # used by the steps in turn
 MAX_ROUNDS_S = 10.0  # a slower optimizer gets fewer rounds
 MAX_WAITING = 0.02  # of a quiet round
-SECTOR_BYTES = 32  # what a GPU's memory gives at a time
+SECTOR_BYTES = 32  # granularity of access to a GPU's memory
 ALL_MODELS = MODELS | LARGE_MODELS | SMALL_MODELS
 ALL_MODELS |= {new: MODELS[of] for new, of in SPARSE_MODELS.items()}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,13 +63,13 @@ def timed(function: Callable[[], object], device: str) -> float:
 
 
 def waited_s() -> float:
-    """Seconds in which a thread of ours was ready to run and had no core, all threads together."""
-    tasks = Path("/proc/self/task").glob("*/schedstat")  # time on a core, waiting for one: in ns
+    """Seconds that our threads, taken together, were ready to run but had no core."""
+    tasks = Path("/proc/self/task").glob("*/schedstat")  # ns on a core, ns waiting for one
     return sum(int(task.read_text().split()[1]) for task in tasks) / 1e9
 
 
 class Contestant:
-    """An optimizer with parameters of its own; the gradients are shared."""
+    """An optimizer with its own parameters; the gradients are shared."""
 
     def __init__(self, factory: Factory, shapes: Shapes, dtype: torch.dtype, device: str) -> None:
         self.device = device
@@ -83,7 +83,7 @@ class Contestant:
 
 
 def make_gradients(model: str, dtype: torch.dtype, device: str, seed: int) -> list[torch.Tensor]:
-    """Normally distributed; in tables of embeddings, rows are the rarer the higher their number."""
+    """Normally distributed; in sparse embeddings, the higher a row's number, the rarer it is."""
     shapes = ALL_MODELS[model]
     grads = [p.detach() for p in make_parameters(shapes, dtype, device, seed)]
     generator = torch.Generator().manual_seed(seed)
@@ -100,7 +100,7 @@ def make_gradients(model: str, dtype: torch.dtype, device: str, seed: int) -> li
 def compare(
     baseline: Contestant, other: Contestant, grads: list[list[torch.Tensor]], num_rounds: int
 ) -> dict[str, float]:
-    """Times both in turn; see the module's text."""
+    """Times both in turn; see the module docstring."""
     for i in range(NUM_WARM_UP):
         baseline.step(grads[i % len(grads)])
         last_s = other.step(grads[i % len(grads)])
@@ -130,7 +130,7 @@ def compare(
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second that a copy of 512 MiB reads and writes, the best of 20."""
+    """Bytes per second that a copy of 512 MiB reads and writes, the best of 20."""
     source = torch.ones(1 << 27, device=device)
     target = torch.empty_like(source)
     best_s = min(timed(lambda: target.copy_(source), device) for _ in range(20))
@@ -138,11 +138,11 @@ def copy_bandwidth(device: str) -> float:
 
 
 def bytes_moved(name: str, contestant: Contestant) -> int | None:
-    """Bytes that its last step read and wrote at least; None where nobody has counted them."""
+    """Lower bound on the bytes its last step read and wrote; None if they have not been counted."""
     params = contestant.params
     num_bytes = sum(p.nbytes for p in params)
     if name.startswith("AdamW"):
-        return num_bytes * (1 + 2 * 3)  # the gradient, and parameters and two moments both ways
+        return num_bytes * (1 + 2 * 3)  # gradient read; parameters and two moments read and written
     if name != "MicroAdam":
         return None
     total = num_bytes
@@ -157,7 +157,7 @@ def bytes_moved(name: str, contestant: Contestant) -> int | None:
 
 
 def _updated_bytes(contestant: Contestant, p: torch.nn.Parameter, layout: BlockLayout) -> int:
-    """Of the parameter, in sectors of a GPU's memory where the window has a coordinate."""
+    """Bytes of the parameter in sectors of a GPU's memory that contain a window's coordinate."""
     per_sector = SECTOR_BYTES // p.element_size()
     is_updated = torch.zeros(-(-p.numel() // per_sector), dtype=torch.bool, device=p.device)
     window = contestant.optimizer.state[p]["window_indices"]
@@ -190,7 +190,7 @@ def main() -> None:
             shapes, dtype = ALL_MODELS[model], DTYPES[dtype_name]
             grads = [
                 make_gradients(model, dtype, args.device, seed)
-                # Of a large model, a GPU has no room for two sets of gradients.
+                # A GPU has no room for two sets of a large model's gradients.
                 for seed in range(1, 1 + (1 if model == "llama2-7b" else NUM_GRADIENTS))
             ]
             baseline = Contestant(available()[BASELINE], shapes, dtype, args.device)
@@ -200,7 +200,7 @@ def main() -> None:
                 other = Contestant(available()[name], shapes, dtype, args.device)
                 row: dict[str, Any] = {"model": model, "shapes": SPARSE_MODELS.get(model, model)}
                 row |= {"dtype": dtype_name, "optimizer": name}
-                # Anew for each: on a shared machine it may double from one minute to the next.
+                # Once per row: on a shared machine it may double from one minute to the next.
                 row["copy_bandwidth_bytes_per_s"] = bandwidth = copy_bandwidth(args.device)
                 row |= compare(baseline, other, grads, args.rounds)
                 num_bytes = bytes_moved(name, other)
@@ -209,7 +209,7 @@ def main() -> None:
                     row["share_of_copy_bandwidth"] = num_bytes / row["step_s"] / bandwidth
                 rows.append(row)
                 print(f"{model} {dtype_name} {name}: {row['ratio']:.3f}", flush=True)
-                write(rows, args)  # what is measured is kept, whatever comes next
+                write(rows, args)  # after each row, so that an interruption loses nothing
     print(write(rows, args))
 
 

@@ -1,9 +1,9 @@
-"""Writes FFCV's files, .beton, so that an interrupted call can be gone on with.
+"""Writes FFCV's .beton files such that an interrupted call can be resumed.
 
-FFCV's own writer cannot go on, and waits for ever where an image cannot be decoded. The layout is
-FFCV's: header, field descriptors, a metadata row for each image; from the next page boundary on the
-images, none of which crosses a page; and a table of where each image lies. While the file is
-written, the images lie in ``.<name>.partial`` and their metadata in ``.<name>.journal``.
+FFCV's own writer cannot resume, and hangs if an image cannot be decoded. The layout is FFCV's:
+header, field descriptors, one metadata row per image; then, from the next page boundary, the
+images, none of which crosses a page; and a table of the images' positions. Until the file is
+complete, the images are in ``.<name>.partial`` and their metadata in ``.<name>.journal``.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from experiments.errors import ExperimentError, require, require_positive
 from experiments.progress_bars import progress_bar
 
 _PAGE_BYTES = 1 << 23
-_CHUNK = 32  # images that a worker encodes at a time
+_CHUNK = 32  # images a worker encodes at a time
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How images are kept: as pixels, which are fast to read, or as JPEG, which is smaller."""
+    """How images are stored: as pixels, which are fast to read, or as JPEG, which is smaller."""
 
     jpeg_share: float = 0.5  # of the images, chosen by index
     jpeg_quality: int = 90
-    max_resolution: int | None = None  # a longer side is shrunk to it
+    max_resolution: int | None = None  # a longer side is shrunk to this
 
     def __post_init__(self) -> None:
         require(0 <= self.jpeg_share <= 1, "jpeg_share", self.jpeg_share, "must be from 0 to 1")
@@ -62,7 +62,7 @@ _JOURNAL_ROW = np.dtype([("row", _ROW), ("num_bytes", "<u8")])
 
 
 class _Encoder(torch.utils.data.Dataset):
-    """Encodes images in the workers; an image that cannot be is given back as its error."""
+    """Encodes images in the workers; an image that cannot be encoded becomes an error message."""
 
     def __init__(self, images: Images, storage: Storage) -> None:
         self._images = images
@@ -81,7 +81,7 @@ class _Encoder(torch.utils.data.Dataset):
         def allocate(num_bytes: int) -> tuple[int, np.ndarray]:
             nonlocal data
             data = np.empty(num_bytes, np.uint8)
-            return 0, data  # the place in the file is known later
+            return 0, data  # the position in the file is not known yet
 
         row = np.zeros(1, _ROW)
         try:
@@ -93,19 +93,19 @@ class _Encoder(torch.utils.data.Dataset):
         if len(data) > _PAGE_BYTES:
             return (
                 f"image {index} takes {len(data):,} bytes, more than a page of {_PAGE_BYTES:,}: "
-                "give a maximal resolution, or keep it as JPEG"
+                "set a maximum resolution, or store it as JPEG"
             )
         return row, data
 
 
 def write(images: Images, path: Path, storage: Storage, num_workers: int) -> None:
-    """Writes ``path`` where it is not there; goes on with what an interrupted call has written.
+    """Writes ``path`` unless it exists, resuming where an interrupted call stopped.
 
-    Where another process writes it, waits for that one.
+    If another process is writing it, waits for that process.
 
     Raises:
-        ExperimentError: an image cannot be decoded or is too large, or the disk is full; what is
-            written is kept.
+        ExperimentError: an image cannot be decoded or is too large, or the disk is full; what has
+            been written is kept.
     """
     with atomic.explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def _write(images: Images, path: Path, storage: Storage, num_workers: int) -> No
         sampler=range(len(rows), len(images)),
         num_workers=num_workers,
         collate_fn=list,
-        generator=torch.Generator(),  # else it would draw from the one that draws the weights
+        generator=torch.Generator(),  # the default one draws the weights; leave it alone
     )
     bar = progress_bar(f"writing {path.name}", len(images), "image", initial=len(rows))
     with partial.open("ab") as data_file, journal.open("ab") as journal_file, bar:
@@ -140,7 +140,7 @@ def _write(images: Images, path: Path, storage: Storage, num_workers: int) -> No
         for chunk in encoded:
             for item in chunk:
                 if isinstance(item, str):
-                    raise ExperimentError(f"{path}: {item}; mend it and run this again to go on")
+                    raise ExperimentError(f"{path}: {item}; fix it and run this again to resume")
                 page.add(*item)
             bar.update(len(chunk))
         page.flush()
@@ -150,7 +150,7 @@ def _write(images: Images, path: Path, storage: Storage, num_workers: int) -> No
 
 
 class _Page:
-    """The page that is being filled; on disk its images come before their rows in the journal."""
+    """The page being filled; its images reach the disk before their rows in the journal do."""
 
     def __init__(self, data_file: IO[bytes], journal_file: IO[bytes]) -> None:
         self._data_file = data_file
@@ -185,9 +185,9 @@ def _sync(file: IO[bytes]) -> None:
 
 
 def _resumed(partial: Path, journal: Path, settings: str, start: int) -> np.ndarray:
-    """The rows of all images that are safely written; cuts from both files what comes after them.
+    """The rows of all images safely written; truncates both files after the last of them.
 
-    There are none where the settings were others, or where either file is missing.
+    There are none if the settings differ or if either file is missing.
     """
     head = settings.encode()
     content = journal.read_bytes() if journal.exists() and partial.exists() else b""
@@ -211,13 +211,14 @@ def _data_start(num_images: int) -> int:
 
 
 def _finish(partial: Path, rows: np.ndarray) -> None:
-    """Adds what stands before and behind the images."""
+    """Adds what comes before and after the images."""
     type_ids = {field: number for number, field in TYPE_ID_HANDLER.items()}
     descriptors = np.zeros(len(_FIELDS), FieldDescType)
     for descriptor, (name, field) in zip(descriptors, _FIELDS.items(), strict=True):
         descriptor["type_id"] = type_ids[field]
         descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
-    # NumPy's own copies leave a row's padding as the memory was: the same images, other files.
+    # NumPy's copies leave the padding of a row uninitialized, so equal images would give different
+    # files.
     metadata = np.zeros(len(rows), _ROW)
     metadata[:] = rows["row"]
     table = np.zeros(len(rows), ALLOC_TABLE_TYPE)

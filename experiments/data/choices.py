@@ -1,7 +1,7 @@
 """Generated rows with the schemas of instruction and multiple-choice data sets.
 
-A stand-in where neither a local copy nor the Hugging Face hub is at hand: sums and comparisons in
-the columns of Open-Platypus, ARC, HellaSwag, MMLU and WinoGrande. A score on them says that the
+A stand-in for when neither a local copy nor the Hugging Face hub is available: sums and comparisons
+in the columns of Open-Platypus, ARC, HellaSwag, MMLU and WinoGrande. A score on them shows that the
 evaluation works, and is **not comparable with a score on the data set of that name**.
 """
 
@@ -27,11 +27,11 @@ _THINGS = ("trophy", "suitcase", "drawer", "box", "piano", "lamp", "ladder", "ba
 class _Sum:
     question: str
     options: list[str]  # four different numbers
-    answer: int  # index of the right one
+    answer: int  # index of the correct one
 
 
 def _sums(rng: Random) -> Iterator[_Sum]:
-    """Different questions without end."""
+    """Endless questions, no two alike."""
     seen = set()
     while True:
         a, b, sign = rng.randint(2, 199), rng.randint(2, 199), rng.choice(list(_OPERATIONS))

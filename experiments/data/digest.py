@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """Sixteen hex digits of all parts one after the other."""
+    """Sixteen hex digits that identify the concatenation of all parts."""
     whole = hashlib.sha256()
     for part in parts:
         whole.update(part)

@@ -30,8 +30,8 @@ from torch import Tensor
 from experiments.config import ImageConfig
 from experiments.data.images import draw_of, num_images_in
 
-# FFCV hands its decoders the numbers of the images to read, and nothing else. In training the draw
-# of run and epoch rides in the upper 32 bits of such a number, so that crops can depend on it.
+# FFCV passes its decoders the numbers of the images to read, and nothing else. In training, the
+# upper 32 bits of a number carry the draw of the run and epoch, so that crops can depend on it.
 _INDEX_BITS = np.uint64(32)
 _INDEX_MASK = np.uint64(0xFFFFFFFF)
 _MIX = np.uint64(2_654_435_761)  # Knuth's multiplicative hash: spreads neighbouring indices
@@ -41,10 +41,10 @@ _compiled = functools.cache(Compiler.compile)  # once, however many pipelines ca
 
 
 class _Crop(ResizedCropRGBImageDecoder):
-    """A resized crop, perhaps flipped, drawn from the image's number.
+    """A resized crop, perhaps flipped, determined by the image's number.
 
-    FFCV's own draws from generators that it never seeds. Numba compiles the code below, and has
-    NumPy's legacy generator alone, one a thread.
+    FFCV's own crop draws from generators that it never seeds. Numba, which compiles the code below,
+    supports only NumPy's legacy generator, one per thread.
     """
 
     def __init__(self, crop: Callable, scale: Any, ratio: Any, flip_share: float) -> None:
@@ -116,8 +116,8 @@ class _Label(IntDecoder):
 
 
 class _Epoch(EpochIterator):
-    """FFCV's reading thread, but one that ends the iteration when it fails: FFCV's own would leave
-    the training waiting for ever."""
+    """FFCV's reading thread, except that it ends the iteration when it fails: FFCV's own would
+    leave training waiting forever."""
 
     def run(self) -> None:
         try:
@@ -130,11 +130,11 @@ class _Epoch(EpochIterator):
 
 
 def _compile_reader(_: OSCacheManager) -> Callable:
-    """What reads an image's bytes from the mapped file, given its address there.
+    """A function that reads an image's bytes from the mapped file, given its address there.
 
-    FFCV's own declares the file read-only by setting an attribute of numba's type of byte arrays,
-    which all compiled code shares and keeps in dictionaries: whatever was compiled for a writable
-    byte array is then not found there any more, and its clean-up fails with a KeyError.
+    FFCV's own declares the file read-only by setting an attribute of numba's type for byte arrays,
+    which all compiled code shares and uses as a dictionary key: whatever was compiled for a
+    writable byte array can then no longer be found, and its clean-up fails with a KeyError.
     """
 
     def read(address: Any, storage_state: Any) -> Any:
@@ -145,8 +145,7 @@ def _compile_reader(_: OSCacheManager) -> Callable:
 
 
 class OrderedLoader(Loader):
-    """FFCV's loader in an order that is given for every iteration, and that refuses pipelines on
-    which FFCV would never finish compiling."""
+    """FFCV's loader, reading in an order given for each iteration."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         OSCacheManager.compile_reader = _compile_reader
@@ -156,7 +155,7 @@ class OrderedLoader(Loader):
         """The images with these numbers, batch by batch.
 
         Raises:
-            RuntimeError: FFCV's thread failed; its own error stands above.
+            RuntimeError: FFCV's thread failed; it has printed its own error.
         """
         self.batch_size = batch_size
         Compiler.set_num_threads(self.num_workers)
@@ -177,7 +176,7 @@ class OrderedLoader(Loader):
 class FFCVLoader:
     """One split, read from a .beton file; see `experiments.data.images.ImageLoader`.
 
-    FFCV sets torch's number of threads to that of its own workers, so it gets as many as torch has.
+    FFCV sets torch's number of threads to that of its workers, so it gets as many as torch has.
     """
 
     name = "ffcv"
@@ -190,7 +189,7 @@ class FFCVLoader:
         area, aspect = np.array([recipe.min_crop_area, 1.0]), np.array([3 / 4, 4 / 3])
         self._random = _Crop(get_random_crop, area, aspect, flip_share=0.5)
         self._centre = _Crop(get_center_crop, None, recipe.eval_crop, flip_share=0.0)
-        self._loaders: dict[_Crop, OrderedLoader] = {}  # made, and compiled, on first use
+        self._loaders: dict[_Crop, OrderedLoader] = {}  # created and compiled on first use
 
     def train(
         self, epoch: int, batches: Sequence[Sequence[int]], resolution: int
@@ -217,7 +216,7 @@ class FFCVLoader:
                 batch_size,
                 num_workers=min(torch.get_num_threads(), num_cores),
                 drop_last=False,
-                # Nothing that FFCV compiles may stand behind ToTensor: it would never end.
+                # Nothing that FFCV compiles may come after ToTensor: compilation would never end.
                 pipelines={
                     "image": [decoder, ToTensor(), *to_device, ToTorchImage()],
                     "label": [_Label(), ToTensor(), *to_device],

@@ -1,4 +1,4 @@
-"""Images made from a number, where there are no real ones."""
+"""Images generated from their index, for when there are no real ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from experiments.data.digest import digest
 
 
 class Patterns:
-    """Noisy gratings, 32 pixels a side: a class is an angle and a colour."""
+    """Noisy gratings of 32 x 32 pixels; each class has an angle and a colour."""
 
     def __init__(self, split: str, num_images: int, num_classes: int) -> None:
         self._split = split

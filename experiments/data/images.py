@@ -1,8 +1,8 @@
 """Image data sets: where the images of a split come from, and the loader that reads them.
 
 Images come from the data set's local folder, the hub or its cache, or are generated, in that order.
-FFCV reads them from a .beton file, which is made on first use; where FFCV is not installed,
-torchvision reads the images themselves by the same recipe.
+FFCV reads them from a .beton file, which is written on first use; if FFCV is not installed,
+torchvision reads the images themselves with the same recipe.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _NUM_GENERATED = 2048
-_MAX_CONVERTED = 200_000  # images that are written to the cache without being asked
+_MAX_CONVERTED = 200_000  # images written to the cache without being asked to
 
 
 class Images(Protocol):
-    """Images by index, decoded when they are asked for."""
+    """Images by index, decoded on access."""
 
     @property
     def identity(self) -> str:
-        """Another one when the images change, or the machine."""
+        """Changes with the images, and may differ between machines."""
 
     @property
     def digest(self) -> str:
-        """Another one when a label changes, or the name or the size of a file."""
+        """Changes when a label changes, or the name or size of a file."""
 
     def __len__(self) -> int: ...
 
@@ -59,7 +59,7 @@ class ImageLoader(Protocol):
     """Reads a split in batches.
 
     A batch is uint8 images (size, 3, resolution, resolution), channels last, and int64 labels
-    (size,), both on the device and valid until the next batch is asked for.
+    (size,), both on the device and valid until the next batch is requested.
     """
 
     name: str  # ffcv | torchvision
@@ -70,8 +70,8 @@ class ImageLoader(Protocol):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Random crops, half of them flipped, of the images with these indices.
 
-        What is drawn for an image depends on seed, epoch and index alone: a run that goes on in the
-        middle of an epoch sees the very crops it would have seen.
+        The crop of an image depends only on seed, epoch and index: a run resumed in the middle of
+        an epoch sees exactly the crops it would have seen.
         """
 
     def evaluate(
@@ -81,7 +81,7 @@ class ImageLoader(Protocol):
 
 
 def draw_of(seed: int, epoch: int) -> int:
-    """32 bits that decide, with an image's index, how it is cropped in this epoch of this run."""
+    """32 bits that, with an image's index, decide its crop in this epoch of this run."""
     return random.Random(f"{seed} {epoch}").getrandbits(32)
 
 
@@ -89,15 +89,15 @@ def draw_of(seed: int, epoch: int) -> int:
 class Split:
     name: str
     source: str  # local | hub | generated
-    content: Images | Path  # the images, or a .beton file that the user has made
-    revision: str | None  # the hub's commit, where it is known
+    content: Images | Path  # the images, or a .beton file made by the user
+    revision: str | None  # the hub's commit, if known
 
     def __len__(self) -> int:
         return num_images_in(self.content) if isinstance(self.content, Path) else len(self.content)
 
     @property
     def digest(self) -> str:
-        """Another one when the images change: found without reading them, the same everywhere."""
+        """Changes with the images; computed without reading them, and the same on every machine."""
         if isinstance(self.content, Path):
             return _digest_of_beton(self.content)
         return self.content.digest
@@ -107,7 +107,7 @@ def find(config: DatasetConfig, names: Sequence[str]) -> list[Split]:
     """The splits, all from the first source that has them all.
 
     Raises:
-        ExperimentError: no source has them, or they are not what their config says.
+        ExperimentError: no source has them, or they do not match their config.
     """
     found: tuple[str, Sequence[Images | Path]] = sources.first(
         config,
@@ -125,11 +125,11 @@ def find(config: DatasetConfig, names: Sequence[str]) -> list[Split]:
 def open_loader(
     config: DatasetConfig, split: Split, recipe: ImageConfig, seed: int, device: torch.device
 ) -> ImageLoader:
-    """FFCV's loader of the split, or torchvision's where FFCV is not installed.
+    """FFCV's loader of the split, or torchvision's if FFCV is not installed.
 
     Raises:
         ExperimentError: there is only a .beton file and no FFCV to read it, the file is damaged, or
-            there are so many images that writing them needs to be asked for.
+            there are too many images to convert without being asked to.
     """
     content = split.content
     if not has_ffcv():
@@ -150,17 +150,18 @@ def open_loader(
 
 @functools.cache
 def has_ffcv() -> bool:
-    """Whether FFCV can be imported; says so, once, where not.
+    """Whether FFCV can be imported; if not, prints why, once.
 
-    The import leaves torch with one thread, which is mended here: FFCV must first be imported here.
+    The import leaves torch with one thread, which is undone here: the first import of FFCV must
+    happen here.
     """
     num_threads = torch.get_num_threads()
     try:
         import ffcv  # noqa: F401
     except ImportError as error:
         print(
-            f"data: FFCV is not to be had ({error}): torchvision loads the images by the same "
-            "recipe, slower; make setup says what FFCV needs"
+            f"data: FFCV is not available ({error}); torchvision loads the images with the same "
+            "recipe, but more slowly; make setup says what FFCV needs"
         )
         return False
     torch.set_num_threads(num_threads)
@@ -173,10 +174,11 @@ def _converted(config: DatasetConfig, name: str, images: Images) -> Path:
 
     if len(images) > _MAX_CONVERTED:
         raise ExperimentError(
-            f"dataset {config.name}: {len(images):,} images are not converted for FFCV unasked; "
-            f"python -m scripts.write_beton {config.name} --help tells how to write them once"
+            f"dataset {config.name}: {len(images):,} images are too many to convert for FFCV "
+            f"unasked; python -m scripts.write_beton {config.name} --help explains how to write "
+            "them once"
         )
-    # As pixels: small images need no decoding then, and nothing is lost.
+    # As pixels: small images then need no decoding, and nothing is lost.
     storage = beton.Storage(jpeg_share=0.0)
     digest = hashlib.sha256(f"{images.identity} {storage}".encode()).hexdigest()[:10]
     path = hub.cache_dir() / "images" / f"{config.name}-{name}-{digest}.beton"
@@ -185,7 +187,7 @@ def _converted(config: DatasetConfig, name: str, images: Images) -> Path:
 
 
 def num_images_in(beton: Path) -> int:
-    """From the header, which needs no FFCV; its last number is where the last table begins.
+    """Read from the header, without FFCV; the header's last number is where the last table begins.
 
     Raises:
         ExperimentError: the file does not end where that table does.
@@ -201,7 +203,7 @@ def num_images_in(beton: Path) -> int:
 
 
 def _digest_of_beton(path: Path) -> str:
-    """Of everything in the file but the images: their labels, their sizes, and where they lie."""
+    """Digest of everything in the file but the images: their labels, sizes and positions."""
     table_bytes = 24 * num_images_in(path)
     with path.open("rb") as file:
         file.seek(-table_bytes, os.SEEK_END)
@@ -217,7 +219,7 @@ def _generated(config: DatasetConfig, name: str) -> Images:
 
 
 def num_classes(config: DatasetConfig) -> int:
-    """How many labels there are.
+    """The number of different labels.
 
     Raises:
         ExperimentError: the config does not say.
@@ -231,8 +233,8 @@ def from_hub(config: DatasetConfig, hub_id: str, name: str) -> Images:
     """The split's images from the hub or its cache.
 
     Raises:
-        ExperimentError: its columns are not what the config says.
-        OSError: they cannot be had.
+        ExperimentError: its columns do not match the config.
+        OSError: they are not available.
     """
     rows = hub.load_dataset(hub_id, config.hub_config, split=name)
     revision = hub.data_revision(rows)
@@ -241,13 +243,13 @@ def from_hub(config: DatasetConfig, hub_id: str, name: str) -> Images:
 
 
 def from_folder(config: DatasetConfig, folder: Path, name: str) -> Images | Path:
-    """The split's images in a folder, or the .beton file that the user has made of them.
+    """The split's images in a folder, or the .beton file that the user made from them.
 
-    The images lie in ``<name>.parquet`` or ``<name>-*.parquet``, or in a folder for each class
-    below ``<name>``.
+    The images are in ``<name>.parquet`` or ``<name>-*.parquet``, or in one folder per class below
+    ``<name>``.
 
     Raises:
-        ExperimentError: they are not there, cannot be read, or are not what the config says.
+        ExperimentError: they are missing, cannot be read, or do not match the config.
     """
     import datasets
 
@@ -273,7 +275,8 @@ def from_folder(config: DatasetConfig, folder: Path, name: str) -> Images | Path
                 cache_dir=cache,
             )
             names = {path.name for split in config.splits for path in _class_folders(folder, split)}
-            # By class as the folders are, a subset would be of the first classes.
+            # The folders are in order of class: without a shuffle, a subset would hold only the
+            # first classes.
             rows = _renumbered(rows, sorted(names)).shuffle(seed=0)
             columns = {"image": "image", "label": "int"}
             config = dataclasses.replace(config, columns=columns)
@@ -289,21 +292,22 @@ def from_folder(config: DatasetConfig, folder: Path, name: str) -> Images | Path
 
 
 def _class_folders(folder: Path, name: str) -> list[Path]:
-    """Of the split ``name``; none where it has no folder."""
+    """The class folders of the split ``name``; none if the split has no folder."""
     short_name = {"validation": "val"}.get(name, name)
     split = next((f for f in (folder / name, folder / short_name) if f.is_dir()), None)
     return [] if split is None else sorted(path for path in split.iterdir() if path.is_dir())
 
 
 def _renumbered(rows: datasets.Dataset, names: list[str]) -> datasets.Dataset:
-    """Labels count the classes of all splits: a split that lacks one numbers its own otherwise."""
+    """Renumbers labels over the classes of all splits: a split that lacks a class would otherwise
+    number its own differently."""
     numbers = np.array([names.index(name) for name in rows.features["label"].names])
     labels = rows.select_columns("label").with_format("numpy")[:]["label"]
     return rows.remove_columns("label").add_column("label", numbers[labels])
 
 
 def _stamps(paths: Iterable[Path]) -> tuple[str, str]:
-    """Name, size and age of every file and folder in one hash; name and size of every file."""
+    """Digests of name, size and age of each file and folder, and of name and size of each file."""
     found = [(path.name, path.stat()) for path in sorted(paths)]
     with_ages = "\n".join(f"{name} {of.st_size} {of.st_mtime_ns}" for name, of in found)
     files = (f"{name} {of.st_size}\n" for name, of in found if stat.S_ISREG(of.st_mode))

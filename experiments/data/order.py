@@ -1,4 +1,4 @@
-"""How many steps a run takes, and which examples each of them."""
+"""How many steps a run takes, and which examples each step uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.errors import require
 
 
 def num_steps(config: TrainingConfig, num_examples: int) -> int:
-    """Optimizer steps of the whole run; an epoch leaves out its last incomplete batch.
+    """Optimizer steps of the whole run; each epoch drops its last incomplete batch.
 
     Raises:
         ExperimentError: the examples do not fill a batch.
@@ -32,12 +32,12 @@ def steps_per_epoch(config: TrainingConfig, num_examples: int) -> int:
 
 
 class DataOrder:
-    """Which examples a step takes. A function of seed and step alone: the step is the position.
+    """Which examples a step uses. A function of seed and step alone: the step is the position.
 
-    Of several processes each gets an equal share of the step's examples.
+    With several processes, each gets an equal share of the step's examples.
 
     Raises:
-        ExperimentError: the examples do not fill a batch, or a batch cannot be shared out equally.
+        ExperimentError: the examples do not fill a batch, or a batch cannot be divided equally.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Generated sentence pairs with MNLI's schema: a premise, a hypothesis and one of three labels.
 
-A stand-in for runs where neither a local copy of MNLI nor the Hugging Face hub is at hand. Every
+A stand-in for when neither a local copy of MNLI nor the Hugging Face hub is available. Every
 premise says who did what with what, and where; the hypothesis leaves something out (entailment),
 adds something (neutral), or changes or denies something (contradiction). That is far simpler than
-MNLI: an accuracy on these pairs says that training works, and is **not comparable with one on
+MNLI: an accuracy on these pairs shows that training works, and is **not comparable with one on
 MNLI**.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class _Genre:
-    """The words of one subject; MNLI's mismatched pairs are of genres that training never sees."""
+    """The words of one genre; MNLI's mismatched pairs are from genres that training never sees."""
 
     verbs: tuple[tuple[str, str], ...]  # simple past, infinitive
     things: tuple[str, ...]
@@ -45,8 +45,8 @@ _REASONS = ("for a friend", "because of the rain", "to win a bet", "without any 
 def generate(split: str, num_pairs: int) -> list[dict[str, Any]]:
     """``num_pairs`` pairs with the keys ``premise``, ``hypothesis``, ``label`` and ``idx``.
 
-    The labels 0 (entailment), 1 (neutral) and 2 (contradiction) take turns. No premise is in two
-    splits. Equal arguments give equal pairs on every machine.
+    The labels 0 (entailment), 1 (neutral) and 2 (contradiction) take turns. No premise appears in
+    two splits. Equal arguments give equal pairs on every machine.
 
     Raises:
         ValueError: the split is not one of MNLI's.
@@ -58,7 +58,7 @@ def generate(split: str, num_pairs: int) -> list[dict[str, Any]]:
     while len(rows) < num_pairs:
         label = len(rows) % 3
         premise, hypothesis = _draw(rng, _GENRES[split], label)
-        # A quarter of all premises is for validation.
+        # A quarter of all premises are for validation.
         if (hashlib.sha256(premise.encode()).digest()[0] < 64) == (split != "train"):
             pair = {"premise": premise, "hypothesis": hypothesis, "label": label}
             rows.append({**pair, "idx": len(rows)})

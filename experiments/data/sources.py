@@ -1,4 +1,4 @@
-"""Which source a data set comes from: its local folder, the hub or its cache, or generated."""
+"""Where a data set comes from: its local folder, the hub or its cache, or a generator."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def first(
     hub: Callable[[str], T],
     generated: Callable[[], T] | None,
 ) -> tuple[str, T]:
-    """The first source that has the data set, all of its splits, and what was read from it.
+    """The first source that has the data set with all its splits, and what was read from it.
 
     Args:
         local: reads a folder.
-        hub: reads what has this name on the hub, or raises `OSError`.
-        generated: makes one, which also stands in where the hub is the last source and does not
-            have it; None: nothing does.
+        hub: reads the data set of this name on the hub, or raises `OSError`.
+        generated: generates a stand-in, also used with source=auto if the hub does not have the
+            data set; None: there is no stand-in.
 
     Raises:
-        ExperimentError: no source that may be used has it.
+        ExperimentError: no permitted source has it.
     """
     folder = config.local_folder()
     if folder is not None:
@@ -41,14 +41,14 @@ def first(
         return "generated", generated()
     try:
         if config.hub_id is None:
-            raise FileNotFoundError("it is on no hub")
+            raise FileNotFoundError("it is not on the hub")
         return "hub", hub(config.hub_id)
     except OSError as error:
         why = reason(error)
         if config.source == "auto" and generated is not None:
             print(
-                f"data: {config.hub_id or config.name} is not to be had from the hub ({why}); "
-                "taking generated data instead"
+                f"data: {config.hub_id or config.name} could not be loaded from the hub ({why}); "
+                "using generated data instead"
             )
             return "generated", generated()
         raise config.not_found(why) from error

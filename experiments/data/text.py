@@ -1,6 +1,6 @@
 """Text data sets: a local folder, the hub or its cache, or generated, in that order.
 
-Whatever the source, a data set is one ``<split>.jsonl`` file a split, and its rows are checked.
+Whatever the source, a data set is one ``<split>.jsonl`` file per split, and its rows are checked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TYPES: dict[str, type] = {"str": str, "int": int, "list": list, "dict": dict}
 
 _REVISION = "revision.txt"  # in an export from the hub
 
-# Rows for a split where neither a folder nor the hub has it.
+# Rows of a split that neither a folder nor the hub has.
 _GENERATORS: dict[str, Callable[[str, int], list[Row]]] = {
     "gsm8k": word_problems.generate,
     "mnli": sentence_pairs.generate,
@@ -53,11 +53,11 @@ class TextData:
 
     source: str  # local | hub | generated
     rows: dict[str, list[Row]]
-    revision: str | None  # the hub's commit, where it is known
+    revision: str | None  # the hub's commit, if known
 
     @property
     def digest(self) -> str:
-        """Another one when a row changes."""
+        """Changes when a row changes."""
         rows = (row for of_split in self.rows.values() for row in of_split)
         return digest(json.dumps(row, sort_keys=True).encode() for row in rows)
 
@@ -66,15 +66,15 @@ def load(config: DatasetConfig, splits: Sequence[str] | None = None) -> TextData
     """Reads the data set from the first source that has it.
 
     Args:
-        splits: only these; by default all of the data set.
+        splits: only these; by default all splits of the data set.
 
     Raises:
-        ExperimentError: a folder that is missing or empty, a broken line, a hub that cannot be
-            reached where nothing may stand in for it.
+        ExperimentError: a folder is missing or empty, a line is broken, or the hub cannot be
+            reached and nothing may stand in for it.
     """
     source, folder = _find(config)
     wanted = splits or config.splits
-    if config.num_held_out is not None:  # what is tested on is cut from what is trained on
+    if config.num_held_out is not None:  # the test rows are cut from the training rows
         wanted = ["train", *(split for split in wanted if split not in ("train", "test"))]
     files = {split: folder / f"{split}.jsonl" for split in wanted}
     rows = {split: read_jsonl(path, config.columns) for split, path in files.items()}
@@ -90,7 +90,7 @@ def load(config: DatasetConfig, splits: Sequence[str] | None = None) -> TextData
     if config.num_train is not None and "train" in rows:
         rows["train"] = rows["train"][: config.num_train]
     file = folder / _REVISION
-    is_known = source == "hub" and file.is_file()  # exports of before have none
+    is_known = source == "hub" and file.is_file()  # older exports have none
     return TextData(source, rows, file.read_text(encoding="utf-8") if is_known else None)
 
 
@@ -142,12 +142,12 @@ def read_jsonl(path: Path, columns: dict[str, str]) -> list[Row]:
     """The rows of a JSON-lines file, each checked to hold ``columns`` with their types.
 
     Raises:
-        ExperimentError: names the file, and the line where one is broken.
+        ExperimentError: names the file and, if one is broken, the line.
     """
     if not path.is_file():
         raise ExperimentError(
-            f"{path}: there is no such file, and the run needs it; add it, or name the splits that "
-            "are there in dataset.splits"
+            f"{path}: there is no such file, and the run needs it; add it, or list only the splits "
+            "you have in dataset.splits"
         )
     rows = []
     try:

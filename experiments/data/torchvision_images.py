@@ -1,4 +1,4 @@
-"""The same crops without FFCV: torchvision's transforms in the worker processes of a DataLoader."""
+"""The same recipe without FFCV: torchvision's transforms in a DataLoader's worker processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.data.images import Images, draw_of
 
 
 class _Crops(Dataset):
-    """Crops of the images, random where there is a draw and central where there is none."""
+    """Crops of the images: random if there is a draw, otherwise central."""
 
     def __init__(
         self, images: Images, recipe: ImageConfig, resolution: int, draw: int | None
@@ -77,7 +77,7 @@ class TorchvisionLoader:
             batch_sampler=[list(batch) for batch in batches],
             num_workers=torch.get_num_threads(),
             pin_memory=self._device.type == "cuda",
-            generator=torch.Generator(),  # the model's own is left alone
+            generator=torch.Generator(),  # leaves torch's default generator alone
         )
         for images, labels in loader:
             images = images.to(self._device, non_blocking=True)

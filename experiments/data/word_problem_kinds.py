@@ -1,10 +1,10 @@
-"""The kinds of generated word problems, and the few parts they are made of.
+"""The kinds of generated word problems, and their few building blocks.
 
     rng -> numbers and names -> steps (a line of the solution and its calculation) -> Problem
 
-A kind draws freely: whatever comes out unsuitable (a fraction, a negative count, a result of 1 that
-would need a singular) raises `RedrawError` in `step`, and the caller asks the kind again. To add
-a kind, write one function and list it in `KINDS`.
+A kind draws freely: an unsuitable result (a fraction, a negative count, a 1 that would need a
+singular) raises `RedrawError` in `step`, and the caller tries the kind again. To add a kind, write
+one function and list it in `KINDS`.
 """
 
 import re
@@ -19,7 +19,7 @@ class RedrawError(Exception):
 
 @dataclass(frozen=True)
 class Step:
-    """One line of a solution; formats as its value, so that later steps can be written with it."""
+    """One line of a solution; formats as its value, so that later steps can refer to it."""
 
     text: str  # holds one `?` (or `$?`) where the calculation goes
     expression: str
@@ -60,7 +60,7 @@ TIMES = {2: "twice", 3: "three times", 4: "four times", 5: "five times"}
 
 
 def step(text: str, expression: str) -> Step:
-    """Evaluate `expression`: whole numbers with either + and - or * and /, from left to right.
+    """Evaluate `expression`, whole numbers with either + and - or * and /, from left to right.
 
     Raises:
         RedrawError: the result is not whole, or is below 2.
@@ -87,8 +87,8 @@ def step(text: str, expression: str) -> Step:
     return Step(text, expression, value)
 
 
-# The kinds. Nouns take a plain s in the plural, and every count is at least 2.
-# The phrasings are prose, three a kind, laid out to be read.
+# The kinds. Nouns form their plural with a plain s, and every count is at least 2.
+# The phrasings are prose, three per kind, laid out to be read.
 # fmt: off
 
 

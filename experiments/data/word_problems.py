@@ -1,8 +1,8 @@
 """Generated word problems with GSM8K's schema and format.
 
-A stand-in for runs where neither a local copy of GSM8K nor the Hugging Face hub is at hand: the
-same two fields, worked solutions with calculator annotations such as `<<48/2=24>>`, and a last
-line `#### 24`. The problems are far more uniform than GSM8K's: a score on them says that training
+A stand-in for when neither a local copy of GSM8K nor the Hugging Face hub is available: the same
+two fields, worked solutions with calculator annotations such as `<<48/2=24>>`, and a last line
+`#### 24`. The problems are far more uniform than GSM8K's: a score on them shows that training
 works, and is **not comparable with a score on GSM8K**.
 """
 
@@ -14,14 +14,14 @@ from random import Random
 
 from experiments.data.word_problem_kinds import KINDS, Problem, RedrawError, Step
 
-# The smallest kind, fractions_of_a_group, has about twice its share of these many calculations.
+# The smallest kind, fractions_of_a_group, has about twice as many calculations as these require.
 MAX_NUM_EXAMPLES = {"train": 20_000, "test": 5_000}
-# More than 50 times the longest search measured: a kind that needs more has run dry.
+# More than 50 times the longest search measured: a kind that needs more is exhausted.
 MAX_NUM_DRAWS = 5_000
 
 _SEED = 1234
 
-# How the calculation in front of an annotation is written: 3*4, 3 * 4 or 3 x 4, as in GSM8K.
+# How the calculation before an annotation is written: 3*4, 3 * 4 or 3 x 4, as in GSM8K.
 SIGN_STYLES: tuple[dict[int, str], ...] = (
     str.maketrans({}),
     str.maketrans({"+": " + ", "-": " - ", "*": " * ", "/": " / "}),
@@ -50,7 +50,7 @@ def generate(split: str, num_examples: int) -> list[dict[str, str]]:
 
 
 def stream(split: str, seed: int) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (name of the kind, example) without end; in each round, every kind has one turn."""
+    """Yield (name of the kind, example) endlessly; in each round, every kind has one turn."""
     rng = Random(f"{split} {seed}")
     seen: set[str] = set()
     while True:
@@ -82,12 +82,12 @@ def _draw(kind: Callable[[Random], Problem], rng: Random, split: str, seen: set[
 
 
 def _split_of(calculation: str) -> str:
-    """A quarter of all calculations is for testing; no name, wording or seed moves one."""
+    """A quarter of all calculations are for testing, whatever the names, wording and seed."""
     return "test" if hashlib.sha256(calculation.encode()).digest()[0] < 64 else "train"
 
 
 def _render(step: Step, signs: dict[int, str]) -> str:
-    """Put `3 * 4 = <<3*4=12>>12` in the place of `?`, and `3 * 4 = $<<3*4=12>>12` of `$?`."""
+    """Replace `?` by `3 * 4 = <<3*4=12>>12`, and `$?` by `3 * 4 = $<<3*4=12>>12`."""
     placeholder, unit = ("$?", "$") if "$?" in step.text else ("?", "")
     shown = step.expression.translate(signs)
     return step.text.replace(placeholder, f"{shown} = {unit}<<{step.expression}={step}>>{step}")

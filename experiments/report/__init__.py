@@ -1,1 +1,1 @@
-"""From records to tables, figures and one page. Reads ``results/`` and needs no torch."""
+"""Turns records into tables, figures and one page. Reads ``results/`` and needs no torch."""

@@ -1,10 +1,10 @@
-"""Draws the figures and writes the page, from what lies below the results folder.
+"""Draws the figures and writes the page from the contents of the results folder.
 
     python -m experiments.report            the figures, the memory table, results/index.html
     python -m experiments.report figures    only the figures
     python -m experiments.report memory     only the memory table
 
-Tables are written by scripts/table.py, which knows what they are made of.
+Tables are written by scripts/table.py, which knows the runs behind them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from experiments.errors import ExperimentError
 from experiments.report import figures_runs, figures_studies, memory, page, tables
 
-# Each draws what it finds the data of.
+# Each draws the figures it has data for.
 DRAWN_BY = (figures_runs.draw, figures_studies.draw)
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         for file in table.all_records:
             if not (results_dir / "records" / file).exists():
                 sys.exit(
-                    f"error: {table.file_stem}.json names records/{file}, which is not there; "
+                    f"error: {table.file_stem}.json refers to records/{file}, which is missing; "
                     f"restore it with: python -m scripts.table {table.name} --scale {table.scale} "
                     f"--results-dir {results_dir}"
                 )

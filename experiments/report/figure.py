@@ -1,4 +1,4 @@
-"""What all figures share: how one is described, its colours, and how it is saved."""
+"""What all figures share: their description, colours and style, and how they are saved."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ STYLE: dict[Any, Any] = {  # matplotlib's type for it lists every key
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "svg.fonttype": "none",  # text that can be searched, in half the bytes
+    "svg.fonttype": "none",  # searchable text, and half the bytes
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,
@@ -60,7 +60,7 @@ class Figure:
 
 
 def save(drawing: Drawing, figures_dir: Path, name: str, title: str, sentence: str) -> Figure:
-    """Writes the drawing as PNG and SVG, byte for byte the same each time."""
+    """Writes the drawing as PNG and SVG, byte for byte reproducibly."""
     figures_dir.mkdir(parents=True, exist_ok=True)
     files = []
     with matplotlib.rc_context({"svg.hashsalt": name}):
@@ -68,10 +68,10 @@ def save(drawing: Drawing, figures_dir: Path, name: str, title: str, sentence: s
             files.append(figures_dir / f"{name}.{suffix}")
             drawing.savefig(files[-1], dpi=160, metadata=metadata)
     png, svg = files
-    # A hundredth of a point is enough for what is drawn; what is written is not in the tags.
+    # Hundredths of a point are precise enough for shapes; text is outside the tags, so untouched.
     shorter = _TAG.sub(lambda tag: _DECIMALS.sub(r"\1", tag[0]), svg.read_text(encoding="utf-8"))
     svg.write_text(shorter, encoding="utf-8")
     with Image.open(png) as image:
-        palette = image.convert("RGB").quantize(128)  # a drawing needs no more: half the bytes
+        palette = image.convert("RGB").quantize(128)  # enough for a drawing, in half the bytes
     palette.save(png, optimize=True)
     return Figure(name, title, sentence, files)

@@ -19,8 +19,8 @@ from experiments.report.figure import COLOURS, INK, STYLE, Figure, save
 from experiments.report.records import Record
 from experiments.report.tables import Column, Row, Table
 
-_SMOOTHING = 9  # points of a curve in a moving mean
-_DASHES: tuple[tuple[float, ...], ...] = ((), (3, 3), (1, 1.5))  # in widths of the line
+_SMOOTHING = 9  # points in the moving mean of a curve
+_DASHES: tuple[tuple[float, ...], ...] = ((), (3, 3), (1, 1.5))  # in line widths
 _MAX_STRETCH = 4  # of an axis, to show the score before training
 _PART_NAMES = ("parameters", "gradients", "optimizer state", "activations")
 _PART_COLOURS = ("#adb5bd", "#ced4da", "#d9480f", "#e9ecef")
@@ -42,7 +42,7 @@ def draw(results_dir: Path, figures_dir: Path) -> list[Figure]:
 
 
 def colour(optimizer: str) -> str:
-    """Of the longest name in COLOURS that the label begins with."""
+    """The colour of the longest name in COLOURS with which the label begins."""
     label = optimizer.replace("AdamW", "Adam").replace("Adam8bit", "Adam-8bit")
     for name in sorted(COLOURS, key=len, reverse=True):
         if label.startswith(name):
@@ -51,8 +51,8 @@ def colour(optimizer: str) -> str:
 
 
 def styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Of each row's line. Variants of an optimizer, such as Adam-8bit, may lie on its first line:
-    they are dashed, with smaller markers."""
+    """The style of each row's line. Variants of an optimizer, such as Adam-8bit, may coincide with
+    its first line, so they are dashed, with smaller markers."""
     names = [re.split("[-,]", row.optimizer.replace("AdamW", "Adam"))[0] for row in rows]
     earlier = [names[:index].count(name) % len(_DASHES) for index, name in enumerate(names)]
     return [
@@ -71,7 +71,7 @@ def _panels(num: int, height: float = 3.6) -> tuple[Drawing, list[Any]]:
 
 
 def _losses(table: Table, by_file: dict[str, Record], figures_dir: Path) -> Figure | None:
-    """Training loss of each model and optimizer at the best learning rate, of one seed."""
+    """Training loss of each model and optimizer at the best learning rate, for one seed."""
     models = _by_model([row for row in table.rows if row.num_seeds])
     if not models:
         return None
@@ -112,7 +112,7 @@ def _finished(row: Row, by_file: dict[str, Record]) -> list[Record]:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Centred moving mean, of fewer points at both ends."""
+    """Centred moving mean, over fewer points at both ends."""
     half = _SMOOTHING // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
@@ -121,7 +121,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 def _score_against_state(
     table: Table, by_file: dict[str, Record], figures_dir: Path
 ) -> Figure | None:
-    """The table's score over bytes of state a parameter."""
+    """The table's score over bytes of state per parameter."""
     score = table.score_column
     models = _by_model([row for row in table.rows if row.num_seeds])
     if score is None or not models:
@@ -140,7 +140,7 @@ def _score_against_state(
         for x, y, spread, optimizer in points:
             shade = colour(optimizer)
             ax.errorbar(x, y, spread or None, fmt="o", markersize=8, capsize=4, color=shade)
-            # The name stands at the bar's end, away from the nearest neighbour.
+            # The name goes at the end of the bar that points away from the nearest neighbour.
             others = [point for point in points if point[0] != x]
             nearest = min(others, key=lambda other: abs(other[0] - x), default=(x, y))
             sign, side = (1, "bottom") if y >= nearest[1] else (-1, "top")
@@ -168,7 +168,7 @@ def _score_against_state(
 
 
 def _before(rows: Sequence[Row], column: Column, by_file: dict[str, Record]) -> float | None:
-    """The score before training, a mean over all runs; None where one of them lacks it."""
+    """The score before training, averaged over all runs; None if one of them lacks it."""
     names = [f"eval_before/{name.removeprefix('eval/')}" for name in column.metrics]
     metrics = [record.metrics for row in rows for record in _finished(row, by_file)]
     of_runs = [[own[name] for name in names if name in own] for own in metrics]
@@ -177,8 +177,7 @@ def _before(rows: Sequence[Row], column: Column, by_file: dict[str, Record]) -> 
 
 
 def _mark_before(ax: Any, score: float) -> None:
-    """As a line or, where that would press all points flat, in words at the edge beyond which it
-    lies."""
+    """Marks the score by a line or, if that would squash the points, by text at the edge."""
     low, high = ax.get_ylim()
     if max(high, score) - min(low, score) <= _MAX_STRETCH * (high - low):
         ax.axhline(score, color=INK, linewidth=0.8, linestyle="--")
@@ -250,7 +249,7 @@ def _memory_bars(results_dir: Path, figures_dir: Path) -> Figure | None:
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0, labelsize=8)
         ax.set(title=model, xlabel="GiB")
-    for ax in axes:  # the odd one out
+    for ax in axes:  # the unused one if their number is odd
         ax.set_visible(False)
     handles, labels = drawing.axes[0].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside lower center", ncols=len(labels))

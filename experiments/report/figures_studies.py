@@ -18,7 +18,7 @@ from matplotlib.ticker import NullFormatter
 
 from experiments.report.figure import COLOURS, GRID, INK, STYLE, Figure, save
 
-WIDTH = 6.6  # inches, of every figure: their text has one size on the page
+WIDTH = 6.6  # inches, the same for every figure so that their text has one size on the page
 
 Json = dict[str, Any]
 
@@ -242,7 +242,7 @@ def _ablations(results: Json, settings: Json) -> Drawn:
     for ax, (part, title) in zip(axes.flat, _PARTS.items(), strict=True):
         own = {_key(v["value"]): v for v in by_part[part]}
         own[_key(results["baseline"][part])] = baseline
-        # In the order of the settings, in which a variant that was not run has no place.
+        # In the order of the settings, without variants that were not run.
         values = [value for value in settings["parts"][part] if _key(value) in own]
         mean, std = _mean_std(adam["losses"])
         ax.axhspan(mean - std, mean + std, color=COLOURS["Adam"], alpha=0.25, lw=0)
@@ -441,7 +441,7 @@ def _galore_error(results: Json, settings: Json) -> Drawn:
 def _within_subspaces(errors: Sequence[float], gap: int) -> str:
     """How much GaLore's error grows while a subspace stays."""
     starts = range(0, len(errors) - gap + 1, gap)
-    # The first subspace is fitted to the very gradient of step 1, which leaves next to no error.
+    # The first subspace is fitted to the gradient of step 1 itself, which leaves next to no error.
     growth = [errors[start + gap - 1] / errors[start] for start in starts[1:]]
     grows = sum(a < b for a, b in pairwise(errors)) / (len(errors) - 1)
     if not growth:
@@ -453,7 +453,7 @@ def _within_subspaces(errors: Sequence[float], gap: int) -> str:
 
 
 def _mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Of those that are finite; infinite where none is."""
+    """Over the finite values; infinite if there are none."""
     finite = [value for value in values if math.isfinite(value)]
     mean = statistics.mean(finite) if finite else math.inf
     return mean, statistics.stdev(finite) if len(finite) > 1 else 0.0

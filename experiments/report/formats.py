@@ -1,4 +1,4 @@
-"""Numbers with their units, and rows of text as Markdown, LaTeX and for a terminal."""
+"""Formats numbers with their units, and rows of text as Markdown, LaTeX or terminal output."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def rate(learning_rate: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-# Below, the first two columns of all lines are names, the others numbers, aligned to the right;
-# for a terminal there may be more names.
+# Below, the first two columns of every line are names; the others are numbers, aligned to the
+# right. For a terminal there may be more names.
 
 
 def markdown(title: str, head: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> str:
@@ -89,7 +89,7 @@ def _escaped(text: str) -> str:
 
 
 def terminal(head: Sequence[str], lines: Sequence[Sequence[str]], num_names: int = 2) -> str:
-    """Columns as wide as their widest cell; those behind the first ``num_names`` are numbers."""
+    """Columns as wide as their widest cell; those after the first ``num_names`` are numbers."""
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     return "\n".join(
         "  ".join(

@@ -1,4 +1,4 @@
-"""The memory table: planned for the paper's models, and measured where a GPU ran them."""
+"""The memory table: planned for the paper's models, and measured for those a GPU has run."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class MemoryTable:
 
 
 def read(results_dir: Path) -> MemoryTable | None:
-    """The table; None where there is no plan yet."""
+    """The table; None if there is no plan yet."""
     path = results_dir / "memory_plan.json"
     if not path.exists():
         return None
@@ -100,7 +100,7 @@ def read(results_dir: Path) -> MemoryTable | None:
 
 
 def _measured(plan: dict[str, Any], records: list[Record]) -> Record | None:
-    """The newest run of these shapes; data, weights, steps and rates make no difference."""
+    """The newest run with these shapes; data, weights, steps and rates make no difference."""
     for record in records:
         has_same_shapes = _shapes(record.values["config"]) == _shapes(plan["config"])
         if has_same_shapes and record.values["hardware"]["precision"] == plan["precision"]:

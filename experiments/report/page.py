@@ -1,6 +1,6 @@
 """One HTML file with everything: tables, curves, memory, figures, and the record behind each cell.
 
-It needs no network: style, script, data and figures are all in it.
+It needs no network: style, script, data and figures are all inlined.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from experiments.report.records import Record
 from experiments.report.tables import Row, Table
 
 _TEMPLATES = Path(__file__).parent / "page"
-_MAX_INLINE_SVG_CHARS = 400_000  # larger drawings stand in the page as PNG
-_DRAWN_BY_THE_PAGE = ("loss_", "memory")  # figures that it has in a livelier form
+_MAX_INLINE_SVG_CHARS = 400_000  # larger drawings are embedded as PNG
+_DRAWN_BY_THE_PAGE = ("loss_", "memory")  # figures that it has in an interactive form
 
 
 @dataclass(frozen=True)
 class Drawing:
     markup: Markup
-    is_broad: bool  # takes the page's whole width
+    is_broad: bool  # takes the full width of the page
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ def _asset(name: str) -> Markup:
 
 
 def _json(values: Any) -> Markup:
-    """For a script element, which any "</" would end."""
+    """JSON for a script element, which any "</" would end."""
     text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
     return Markup(text.replace("</", r"<\/"))
 
 
 def _data(all_tables: Sequence[Table], by_file: dict[str, Record]) -> dict[str, Any]:
-    """What the script draws curves and records from."""
+    """The data from which the script shows curves and records."""
     groups = []
     used: set[str] = set()
     for table in all_tables:
@@ -98,7 +98,7 @@ def _data(all_tables: Sequence[Table], by_file: dict[str, Record]) -> dict[str, 
 
 
 def _curves(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Of one model."""
+    """The curves of one model's optimizers."""
     tried = [[file for trial in row.trials for file in trial.records] for row in rows]
     return [
         {
@@ -140,7 +140,7 @@ def _headlines(results_dir: Path, all_tables: Sequence[Table]) -> list[Headline]
 
 
 def _ratios(measured: dict[str, Any], dtype: str) -> str:
-    """MicroAdam's, from the lowest to the highest of the sets of shapes."""
+    """MicroAdam's ratios, lowest to highest over the sets of shapes."""
     own = [
         row["ratio"]
         for row in measured["rows"]
@@ -151,7 +151,7 @@ def _ratios(measured: dict[str, Any], dtype: str) -> str:
 
 
 def _headline_of(table: Table) -> list[Headline]:
-    """MicroAdam's score beside Adam's, where both ran."""
+    """MicroAdam's score next to Adam's, if both ran."""
     score = table.score_column
     if score is None or table.scale != tables.DEFAULT_SCALE:
         return []
@@ -174,7 +174,7 @@ def _headline_of(table: Table) -> list[Headline]:
 
 
 def _drawing(figure: Figure) -> Drawing:
-    """The SVG in the page's own colours, or, where that is large, the PNG."""
+    """The SVG in the page's own colours or, if that is too large, the PNG."""
     by_suffix = {path.suffix: path for path in figure.files}
     text = by_suffix[".svg"].read_text(encoding="utf-8")
     width, height = map(float, re.findall(r'viewBox="0 0 (\S+) (\S+)"', text)[0])
@@ -182,7 +182,7 @@ def _drawing(figure: Figure) -> Drawing:
     if len(text) > _MAX_INLINE_SVG_CHARS:
         encoded = base64.b64encode(by_suffix[".png"].read_bytes()).decode()
         return Drawing(Markup(f'<img alt="" src="data:image/png;base64,{encoded}">'), is_broad)
-    # Its style would hold for the whole page; its size and its letters are the page's affair.
+    # Its style would apply to the whole page; its size and font are up to the page.
     text = re.sub(r"<(metadata|style).*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text)

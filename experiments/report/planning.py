@@ -1,8 +1,8 @@
-"""Which runs a table is made of, which of them are missing, and which learning rate is best.
+"""Which runs make up a table, which of them are missing, and which learning rate is best.
 
 Every rate of the grid is tried with the first seed, and the best then runs with the other seeds
-too. It is the training loss that is compared, so the reported score takes no part in it. While the
-best of several rates is the lowest or the highest, the grid grows on that side.
+too. Rates are compared by training loss, so the reported score plays no part. While the best of
+several rates is the lowest or the highest, the grid grows on that side.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SELECTED_BY = "train/final_loss"
 _WIDENING = 2.0  # ratio between a grid's edge and the rate added beyond it
 _MAX_WIDENINGS = 3  # on one side
 
-# Keys of a config that decide how long a run is.
+# Keys of a config that determine the length of a run.
 _LENGTH = {
     "training": ("epochs", "max_steps", "global_batch_size"),
     "dataset": ("num_train", "num_held_out"),
@@ -27,9 +27,9 @@ _LENGTH = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One model with one optimizer: all runs that differ in learning rate and seed alone."""
+    """One model with one optimizer: all runs that differ only in learning rate and seed."""
 
-    model: str  # as the table calls it
+    model: str  # its name in the table
     optimizer: str
     overrides: tuple[str, ...]  # of run.py
     config: dict[str, Any]  # composed with these overrides
@@ -57,14 +57,14 @@ class Run:
 
 @dataclass(frozen=True)
 class State:
-    """How far a cell is."""
+    """Progress of one cell."""
 
     cell: Cell
-    tried: dict[float, dict[int, Record]]  # by rate, ascending, and seed; has each rate's first
-    beside: dict[float, dict[int, Record]]  # likewise, of rates that are not the cell's
-    best: float | None  # rate, so far; None where none is tried or all diverged
+    tried: dict[float, dict[int, Record]]  # by rate, ascending, and seed; includes the first seed
+    beside: dict[float, dict[int, Record]]  # likewise, for rates outside the cell's grid
+    best: float | None  # rate, so far; None if none has been tried or all diverged
     missing: list[Run]  # that can run now
-    num_later: int  # that can run once all rates are tried; at least so many
+    num_later: int  # that can run once all rates have been tried; a lower bound
 
     @property
     def records(self) -> list[Record]:
@@ -82,10 +82,10 @@ class State:
 
 
 def state_of(cell: Cell, records: list[Record]) -> State:
-    """What ``records``, the newest first, hold of ``cell``.
+    """The progress of ``cell`` according to ``records``, the newest first.
 
-    Only of one source of data and weights, the newest; generated data stands in for none that is
-    real.
+    Uses only records with the newest source of data and weights; generated data counts only if
+    there is no real data.
     """
     records = [r for r in records if r.is_run_of(Run(cell, r.learning_rate, r.seed).config)]
     records = [r for r in records if r.sources[0] != "generated"] or records
@@ -108,7 +108,7 @@ def state_of(cell: Cell, records: list[Record]) -> State:
     beside = {rate: by_seed for rate, by_seed in beside.items() if first in by_seed}
     missing = [Run(cell, rate, first) for rate in untried]
     num_later = 0
-    if untried:  # at whichever rate turns out the best: its other seeds may be there already
+    if untried:  # whichever rate turns out best, some of its other seeds may have run already
         candidates = [by_rate[rate] for rate in untried] + list(beside.values())
         candidates += [] if best is None else [tried[best]]
         num_later = min(sum(seed not in by_seed for seed in others) for by_seed in candidates)
@@ -118,7 +118,7 @@ def state_of(cell: Cell, records: list[Record]) -> State:
 
 
 def _by_seed(cell: Cell, rate: float, records: list[Record]) -> dict[int, Record]:
-    """What exists of the cell at this rate, in the order of its seeds."""
+    """The cell's existing records at this rate, in the order of its seeds."""
     configs = {seed: Run(cell, rate, seed).config for seed in cell.seeds}
     found = {
         seed: next((record for record in records if record.is_run_of(config)), None)
@@ -128,12 +128,12 @@ def _by_seed(cell: Cell, rate: float, records: list[Record]) -> dict[int, Record
 
 
 def final_loss(record: Record) -> float | None:
-    """The training loss that rates are compared by; None where the run diverged."""
+    """The training loss that rates are compared by; None if the run diverged."""
     return None if record.has_diverged else record.metrics[_SELECTED_BY]
 
 
 def _beyond(best: float, rates: list[float], cell: Cell) -> float | None:
-    """The rate to try beyond the edge that ``best`` is, or None."""
+    """The rate to try beyond ``best`` if that is at an edge of the grid, else None."""
     if len(rates) == 1 or best not in (rates[0], rates[-1]):
         return None
     num_added = sum(rate < min(cell.learning_rates) for rate in rates)
@@ -145,7 +145,7 @@ def _beyond(best: float, rates: list[float], cell: Cell) -> float | None:
 
 
 def estimated_s(run: Run, records: list[Record]) -> float | None:
-    """Seconds that the run may take: the mean of the most similar runs as long as it, or None."""
+    """Seconds that the run may take: the mean over the most similar runs of its length, or None."""
     config = run.config
     for names in (("task", "scale", "model", "optimizer"), ("task", "scale", "model")):
         times = [
@@ -165,5 +165,5 @@ def _length(config: dict[str, Any]) -> list[Any]:
 
 
 def _name(choice: str | dict[str, Any]) -> str:
-    """Of a choice in a config: of a model or an optimizer, say; a scale is its name."""
+    """The name of a choice in a config, say of a model or an optimizer; a scale is its own name."""
     return choice if isinstance(choice, str) else choice["name"]

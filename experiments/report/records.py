@@ -1,4 +1,4 @@
-"""The records of finished and diverged runs, and which of them are the run that is meant."""
+"""The records of finished and diverged runs, and which of them match a given run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from experiments.errors import ExperimentError
 
-# Keys, at any depth of a config, of values that change no number in a table that tells its
-# hardware and data sources: how the run is watched, kept and computed.
+# Keys, at any depth of a config, whose values change no number in a table that states its hardware
+# and data sources: how the run is monitored, stored and computed.
 _NOT_COMPARED = {
     "checkpoint_every_steps",
     "dry_run",
@@ -24,8 +24,8 @@ _NOT_COMPARED = {
     "save_model",
 }
 
-# Keys of dictionaries whose keys are values, too, rather than names that this project gives: none
-# of them is there or missing because it was added or removed since.
+# Keys of dictionaries whose own keys are data rather than names that this project defines: a
+# difference between them is never due to a key that the project has since added or removed.
 _FREE_FORM = {"architecture", "columns", "overrides"}
 _FREE_FORM_OF_SECTIONS = {"harness"}
 
@@ -36,7 +36,7 @@ _AUTO_PRECISION = {"cuda": "bf16", "cpu": "fp32"}  # as `experiments.hardware.re
 class Record:
     """A record as `experiments.runner` writes it."""
 
-    file: str  # its name below results/records
+    file: str  # its name in results/records
     values: dict[str, Any]
 
     @property
@@ -57,19 +57,19 @@ class Record:
 
     @property
     def sources(self) -> tuple[str, str]:
-        """Where the data and the weights are from."""
+        """Where the data and the weights come from."""
         return self.values["data_source"], self.values["model_source"]
 
     @property
     def num_processes(self) -> int:
-        """Records from before there could be several do not say."""
+        """Absent from records older than multi-process runs."""
         return self.values["hardware"].get("num_processes", 1)
 
     @property
     def peak_memory_of(self) -> str:
-        """training, or process: what its peak memory is the peak of.
+        """What its peak memory covers: training, or the whole process.
 
-        Records from before it was measured in training alone do not say.
+        Absent from records older than the measurement in training alone.
         """
         return self.values.get("peak_memory_of", "process")
 
@@ -82,7 +82,7 @@ class Record:
 
     @property
     def machine_with_threads(self) -> str:
-        """As `machine`, with the number of a CPU's threads, for a caption."""
+        """Like `machine`, with the number of a CPU's threads, for a caption."""
         hardware = self.values["hardware"]
         if hardware["gpu"]:
             return self.machine
@@ -90,12 +90,12 @@ class Record:
         return f"{self.machine} ({hardware['num_threads']} thread{plural})"
 
     def is_run_of(self, config: dict[str, Any]) -> bool:
-        """Whether ``config``, as composed now, describes this run, wherever data and results lie.
+        """Whether ``config``, as composed now, describes this run, wherever data and results are.
 
         A key that only the record has was removed since, and is not compared; one that only
-        ``config`` has was added since, and was off then: None, False or empty. Hardware is compared
-        by name, and only where the config asks for one, and by the precision that came of it; of
-        data and weights in a folder of the user's, that they were given.
+        ``config`` has was added since, and must be off: None, False or empty. Hardware is compared
+        by name, if the config asks for one, and by the resulting precision; for data and weights in
+        a user's folder, it only matters that one was given.
         """
         hardware = config["hardware"]
         if hardware["name"] not in ("auto", self.values["config"]["hardware"]["name"]):
@@ -109,7 +109,7 @@ class Record:
         )
 
     def _has_precision(self, wanted: str) -> bool:
-        """Whether the run computed in it; ``auto`` is what the run's device would have taken."""
+        """Whether the run used it; ``auto`` is what the run's device would have chosen."""
         hardware = self.values["hardware"]
         if wanted == "auto":
             wanted = _AUTO_PRECISION[hardware["device"]]
@@ -117,7 +117,7 @@ class Record:
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of everything in a config that is compared."""
+    """Dotted name and value of everything compared in a config."""
     for name, value in values.items():
         if name in _NOT_COMPARED:
             continue
@@ -134,10 +134,10 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def load(results_dir: Path) -> list[Record]:
-    """All records below ``results_dir``, the newest first.
+    """All records in ``results_dir``, the newest first.
 
     Raises:
-        ExperimentError: a file is no JSON.
+        ExperimentError: a file is not JSON.
     """
     paths = sorted(results_dir.glob("records/*.json"))
     records = [Record(path.name, _read(path)) for path in paths]
@@ -149,6 +149,6 @@ def _read(path: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ExperimentError(
-            f"{path}: it is not valid JSON ({error}); delete it, and the same run writes it anew"
+            f"{path}: not valid JSON ({error}); delete it, and the same run will write it again"
         ) from error
     return values

@@ -1,4 +1,4 @@
-"""A table: its values with their spread, and how it is written as Markdown, CSV, LaTeX and JSON.
+"""A table: its values with their spread, written as Markdown, CSV, LaTeX and JSON.
 
 The JSON holds all that the page and the figures need, down to the records behind each row.
 """
@@ -19,7 +19,7 @@ from experiments.report import formats
 from experiments.report.planning import State, final_loss
 from experiments.report.records import Record
 
-DEFAULT_SCALE = "mini"  # whose table has no scale in its file name
+DEFAULT_SCALE = "mini"  # its tables have no scale in their file names
 
 _FORMATS: dict[str, Callable[[float, float | None], str]] = {
     "number": formats.number,
@@ -32,24 +32,24 @@ _FORMATS: dict[str, Callable[[float, float | None], str]] = {
 @dataclass(frozen=True)
 class Column:
     label: str
-    metrics: list[str]  # of a record; several: the mean of those present
+    metrics: list[str]  # of a record; if several, the mean of those present
     unit: str  # a key of _FORMATS
 
 
 @dataclass(frozen=True)
 class Value:
     mean: float
-    std: float | None  # of the sample; None: one value
+    std: float | None  # of the sample; None if there is one value
     text: str
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A learning rate: tried with the first seed or, as the best, with all; or beside those that
-    the table tries, where there are records of it."""
+    """A learning rate, tried with the first seed or, if it is the best, with all; or one that the
+    table does not try but that has records."""
 
     learning_rate: float
-    loss: float | None  # with the first seed; None: it diverged
+    loss: float | None  # with the first seed; None if it diverged
     records: list[str]
 
 
@@ -57,12 +57,12 @@ class Trial:
 class Row:
     model: str
     optimizer: str
-    values: list[Value | None]  # one a column; None: nothing to show
+    values: list[Value | None]  # one per column; None: nothing to show
     learning_rate: float | None
     is_best_at_edge: bool
     num_seeds: int  # that the values come from
     num_diverged: int
-    records: list[str]  # files below results/records, one a seed
+    records: list[str]  # files in results/records, one per seed
     trials: list[Trial]
     data_source: str
     machine: str
@@ -89,8 +89,8 @@ class Table:
 
     @property
     def score_column(self) -> int | None:
-        """The first percentage; below paper scale rather the held-out loss, where there is one: few
-        samples measure it well."""
+        """The first percentage; below paper scale the held-out loss if there is one, since a few
+        samples suffice to measure it well."""
         labels = [column.label for column in self.columns]
         if self.scale != "paper" and "held-out loss" in labels:
             return labels.index("held-out loss")
@@ -104,7 +104,7 @@ class Table:
         return [self.cells(row) for row in self.rows]
 
     def cells(self, row: Row) -> list[str]:
-        """A row as text, in the order of `head`; all but the first two empty where nothing ran."""
+        """A row as text, in the order of `head`; all but the first two are empty if nothing ran."""
         nothing = "diverged" if row.num_diverged else ""
         texts = [nothing if value is None else value.text for value in row.values]
         rate = "" if row.learning_rate is None else formats.rate(row.learning_rate)
@@ -121,7 +121,7 @@ class Table:
         return [column.label for column in self.columns] + [name for name, mixed in extra if mixed]
 
     def _mixed(self) -> tuple[bool, bool]:
-        """Whether rows differ in data source and machine, which a reader then sees in each."""
+        """Whether rows differ in data source and in machine; if so, each row shows its own."""
         done = [row for row in self.rows if row.records]
         return len({row.data_source for row in done}) > 1, len({row.machine for row in done}) > 1
 
@@ -129,7 +129,7 @@ class Table:
 def make(
     name: str, scale: str, title: str, columns: list[Column], states: list[State], notes: list[str]
 ) -> Table:
-    """The table of all cells; ``notes`` open its caption."""
+    """The table of all cells; its caption begins with ``notes``."""
     used = [record for state in states for record in state.all_records]
     rows = [_row(state, columns) for state in states]
     caption = [f"{scale.capitalize()} scale.", *notes]
@@ -144,7 +144,7 @@ def make(
 def _row(state: State, columns: list[Column]) -> Row:
     first = state.cell.seeds[0]
     finished = [record for record in state.records if not record.has_diverged]
-    shown = state.records or state.all_records[:1]  # where all diverged, one of them
+    shown = state.records or state.all_records[:1]  # if all diverged, one of them
     return Row(
         model=state.cell.model,
         optimizer=state.cell.optimizer,
@@ -200,7 +200,7 @@ def _selection(states: list[State], rows: list[Row]) -> list[str]:
 
 
 def _provenance(records: list[Record], columns: list[Column]) -> list[str]:
-    """What the numbers rest on. No clock is read: the same records give the same caption."""
+    """What the numbers are based on. Reads no clock: the same records give the same caption."""
 
     def all_of(name: str) -> str:
         return _listed(str(record.values[name]) for record in records)
@@ -265,7 +265,7 @@ def write(table: Table, results_dir: Path) -> list[Path]:
 
 
 def to_markdown(table: Table) -> str:
-    """With a link to the record of every seed."""
+    """The table with links to the record of every seed."""
     lines = []
     for row in table.rows:
         links = [f"[{i + 1}](records/{file})" for i, file in enumerate(row.records)]
@@ -275,7 +275,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """Plain numbers: bytes, seconds and shares; mean and standard deviation apart."""
+    """Plain numbers: bytes, seconds and shares; mean and standard deviation in separate columns."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     pairs = [f"{column.label} {part}" for column in table.columns for part in ("mean", "std")]
@@ -292,7 +292,7 @@ def to_csv(table: Table) -> str:
 
 
 def load(results_dir: Path) -> list[Table]:
-    """All tables below ``results_dir``: by name, the default scale first."""
+    """All tables in ``results_dir``, by name, the default scale first."""
     tables = [
         _from_json(json.loads(path.read_text(encoding="utf-8")))
         for path in results_dir.glob("table[0-9]*.json")

@@ -1,8 +1,8 @@
 """Runs studies and writes what they measured to results/studies/NAME.json.
 
-python -m experiments.studies                        what there is
+python -m experiments.studies                        list the studies and their settings
 python -m experiments.studies all                    every study, about 5 minutes on an idle core
-python -m experiments.studies rosenbrock lr=0.05     one, with another setting
+python -m experiments.studies rosenbrock lr=0.05     one study, with a changed setting
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> int:
     )
     parser.add_argument("study", nargs="?", choices=("all", *STUDIES), help="default: list them")
     parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help="other settings of that one study"
+        "settings", nargs="*", metavar="key=value", help="settings to change for that one study"
     )
     parser.add_argument(
         "--data",
@@ -63,7 +63,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; studies that had ended are written", file=sys.stderr)
+        print("\ninterrupted; the studies that had finished are saved", file=sys.stderr)
         return 130
     return 0
 
@@ -75,10 +75,10 @@ def run(name: str, changes: list[str], data: Path, results: Path) -> Path:
         name: one of `STUDIES`.
         changes: ``key=value``, each a setting that differs from its default.
         data: folder of the data sets.
-        results: the file goes to ``studies/`` in it.
+        results: folder whose ``studies/`` the file is written to.
 
     Raises:
-        ExperimentError: an unknown setting, or data that is not there.
+        ExperimentError: a setting is unknown or data is missing.
     """
     study = _module(name)
     settings = _settings(name, study, changes)
@@ -108,12 +108,12 @@ def _settings(name: str, study: ModuleType, changes: list[str]) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(study.Settings), changed))
     except OmegaConfBaseException as error:
         known = ", ".join(field.name for field in dataclasses.fields(study.Settings))
-        message = f"{' '.join(changes)}: {reason(error)}; {name} knows {known}"
+        message = f"{' '.join(changes)}: {reason(error)}; the settings of {name} are {known}"
         raise ExperimentError(message) from error
 
 
 def _overview() -> str:
-    """Every study with its settings; they come from the modules, so they cannot be out of date."""
+    """Every study with its settings, read from the modules so that they cannot be out of date."""
     lines = []
     for name in STUDIES:
         study = _module(name)

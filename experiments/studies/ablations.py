@@ -1,9 +1,9 @@
 """Ablations: what each part of MicroAdam is worth, in final training loss and in bytes of state.
 
-A small language model, two layers over the last bytes of the text of GSM8K, is trained a few
-hundred steps with one part of MicroAdam changed at a time. Every variant gets its own learning
-rate, the best of a grid on a seed that is not reported: the parts change how far a step goes, and
-with one rate for all the ablation would compare rates. Adam is measured the same way.
+A small language model, two layers that predict the next byte of GSM8K's text from the last few, is
+trained for a few hundred steps with one part of MicroAdam changed at a time. Every variant gets its
+own learning rate, the best of a grid on a seed that is not reported: the parts change how far a
+step moves, and with a single rate the ablation would compare rates. Adam is measured the same way.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tqdm import tqdm
 from experiments.studies import finetuning
 from experiments.studies.variant import MicroAdamVariant
 
-_NUM_BYTES = 128  # values of a byte that are told apart: ASCII
+_NUM_BYTES = 128  # values that a byte can take: ASCII
 _NUM_ROWS = 1000  # of the data set, about 500 kB
 
 
 @dataclass(frozen=True)
 class Settings:
-    # Part -> its values. Bits: 0 is no error feedback, null an exact one.
+    # Part -> its values. Bits: 0 means no error feedback, null an exact one.
     parts: dict[str, list[Any]] = field(
         default_factory=lambda: {
             "bits": [0, 2, 3, 4, 8, None],
@@ -114,7 +114,7 @@ class ByteModel(nn.Module):
 def train(
     text: Tensor, variant: dict[str, Any] | None, lr: float, seed: int, settings: Settings
 ) -> tuple[float, float]:
-    """Final loss on a fixed sample of the training text, and the state's bytes a parameter."""
+    """Final loss on a fixed sample of the training text, and bytes of state per parameter."""
     torch.manual_seed(seed)
     model = ByteModel(settings)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -142,7 +142,7 @@ def train(
 
 
 def _text(data: Path) -> tuple[str, Tensor]:
-    """Where the text is from, and its bytes, int64 ``(length,)``."""
+    """The source of the text, and its bytes, int64 ``(length,)``."""
     rows = finetuning.training_rows("gsm8k", data)
     text = "\n".join(
         f"{row['question']}\n{row['answer']}" for row in rows.rows["train"][:_NUM_ROWS]

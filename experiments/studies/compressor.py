@@ -1,15 +1,15 @@
-"""Does compression lose as little as the theorems ask for: (1 + omega) q < 1?
+"""Does compression lose as little as the theorems require: (1 + omega) q < 1?
 
 The paper's theorems assume that the gradient compressor (block Top-K) is a contraction and that the
 error compressor (4-bit quantization) has a bounded relative error and is unbiased:
 
     ||TopK(a) - a|| <= q ||a||,  q < 1        ||Q(r) - r|| <= omega ||r||,  E Q(r) = r
 
-and that (1 + omega) q < 1. Here both are measured at what MicroAdam really compresses: `a` is
+and that (1 + omega) q < 1. Here both are measured on what MicroAdam really compresses: `a` is
 gradient plus error feedback, `r` what Top-K leaves of it. The worst case says little: at a density
-of 1%, q can be as large as sqrt(1 - 0.01) = 0.995, and no quantizer of 4 bits would do. MicroAdam
+of 1%, q can be as large as sqrt(1 - 0.01) = 0.995, and no 4-bit quantizer would do. MicroAdam
 rounds to nearest, which is not unbiased; the stochastic rounding that the theorems assume is
-measured beside it.
+measured alongside it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BITS = 4
 
 @dataclass(frozen=True)
 class Settings:
-    # Each: data set, model, batch size, steps after which to measure.
+    # Each: data set, model, batch size, steps at which to measure.
     runs: list[Any] = field(
         default_factory=lambda: [
             ["mnli", "minilm_l6", 8, [1, 4, 16]],
@@ -65,7 +65,7 @@ def run(settings: Settings, data: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure(model: nn.Module, optimizer: MicroAdam) -> dict[str, dict[str, float]]:
-    """q and omega for each kind of parameter and for "all", before the optimizer takes its step."""
+    """q and omega for each kind of parameter and for "all", before the optimizer's step."""
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for name, p in model.named_parameters():
         if p.grad is None:
@@ -93,7 +93,7 @@ def kind_of(name: str, p: Tensor) -> str:
 def squares(
     gradient: Tensor, accumulator: Tensor, layout: BlockLayout
 ) -> Iterator[tuple[str, float]]:
-    """Squared norms, of one parameter: of both arguments, what Top-K leaves, and the rounding."""
+    """Squared norms for one parameter: both arguments, what Top-K leaves, and rounding errors."""
     for segment in layout.segments:
         start = segment.first_block * layout.block_size
         elements = slice(start, start + segment.num_blocks * segment.length)
@@ -111,7 +111,7 @@ def squares(
 
 
 def ratios(squares: dict[str, float]) -> dict[str, float]:
-    """q of the gradient alone and of the accumulator, omega, and what the condition asks for."""
+    """q of the gradient alone and of the accumulator, omega, and the condition's left-hand side."""
 
     def ratio(part: str, whole: str) -> float:
         return math.sqrt(squares[part] / squares[whole]) if squares[whole] else 0.0

@@ -3,16 +3,16 @@
 Two problems whose stochastic gradients are those of mini-batches:
 
 - non-convex: logistic regression with the regularizer ``sum x^2 / (1 + x^2)``; the step size is
-  ``c / sqrt(T)`` and the mean of ``||grad f||^2`` over T steps shall fall as ``1 / sqrt(T)``;
-- PL: least squares whose matrix has not the full rank, so that it is not strongly convex; the step
-  size is ``c log(T) / T`` and ``f(x_T) - f*`` shall fall as ``log(T) / T``.
+  ``c / sqrt(T)`` and the mean of ``||grad f||^2`` over T steps should fall as ``1 / sqrt(T)``;
+- PL: least squares with a rank-deficient matrix, hence not strongly convex; the step size is
+  ``c log(T) / T`` and ``f(x_T) - f*`` should fall as ``log(T) / T``.
 
-Each run has its own T, as in the theorems, whose constants differ from method to method: c is the
-best of a grid on a problem drawn anew. The slope is fitted in log-log over the longer runs: the
-theorems bound what happens in the limit, and a power below 1 at these T only says that it is not
+Each run has its own T, as in the theorems. Their constants differ from method to method, so c is
+the best of a grid on a separately drawn problem. The slope is fitted in log-log over the longer
+runs: the theorems bound the limit, and a power below 1 at these T only says that it has not been
 reached. Three methods: AMSGrad; the algorithm that the paper analyses, which keeps exponential
-averages with AMSGrad's maximum and rounds the error feedback stochastically; and MicroAdam as it
-ships, which no theorem covers: a window, no maximum, rounding to nearest.
+averages with AMSGrad's maximum and rounds the error feedback stochastically; and MicroAdam as
+shipped, which no theorem covers: a window, no maximum, rounding to nearest.
 
 All seeds run at once: a seed is one block of one parameter, and nothing crosses a block.
 """
@@ -34,7 +34,7 @@ from experiments.errors import require
 from experiments.studies.variant import MicroAdamVariant
 from microadam import MicroAdam
 
-_NUM_EVALUATIONS = 100  # of the full gradient in a run
+_NUM_EVALUATIONS = 100  # of the full gradient per run
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Settings:
     regularization: float = 0.1
     density: float = 0.05
     num_steps: list[int] = field(default_factory=lambda: [50, 200, 800, 3200])
-    fit_from: int = 200  # steps of the shortest run that the slope is fitted on
+    fit_from: int = 200  # steps of the shortest run that the slope is fitted to
     factors: list[float] = field(  # to choose c from
         default_factory=lambda: [0.03, 0.1, 0.3, 1.0, 3.0]
     )
     num_tuning_steps: int = 200
 
     def __post_init__(self) -> None:
-        remedy = "must be a multiple of 64, MicroAdam's bucket size: a seed is a block of its own"
+        remedy = "must be a multiple of 64, MicroAdam's bucket size: each seed is its own block"
         require(self.num_variables % 64 == 0, "num_variables", self.num_variables, remedy)
 
 
@@ -66,8 +66,8 @@ class Problem:
     b: Tensor
     gradient: Callable[[Tensor, Tensor, Tensor], Tensor]  # of x (S, d), a (S, n, d), b (S, n)
     measure: Callable[[Tensor], Tensor]  # of x (S, d): what the theorem bounds, (S,)
-    averages: bool  # over all steps, or only the last point
-    rate: Callable[[int], float]  # the proved one, of T; the step size is c times as much
+    averages: bool  # measured over all steps, or only at the last point
+    rate: Callable[[int], float]  # the proved rate at T; the step size is c times that
 
 
 def run(settings: Settings, data: Path) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def run(settings: Settings, data: Path) -> dict[str, Any]:
                         "factor": c,
                         "is_factor_at_edge": c in (settings.factors[0], settings.factors[-1]),
                         "rates": [problem.rate(num_steps) for num_steps in settings.num_steps],
-                        "values": values,  # one list a T, one value a seed
+                        "values": values,  # one list per T, one value per seed
                         "exponents": exponents(problem, values, settings),
                     }
                 )
@@ -102,7 +102,7 @@ def run(settings: Settings, data: Path) -> dict[str, Any]:
 
 
 def exponents(problem: Problem, values: list[list[float]], settings: Settings) -> list[float]:
-    """For every seed: the power of the proved rate that the values fall as; 1 is as proved."""
+    """Per seed, the power of the proved rate at which the values fall; 1 is as proved."""
     longer = [
         (problem.rate(num_steps), of_seeds)
         for num_steps, of_seeds in zip(settings.num_steps, values, strict=True)
@@ -115,7 +115,7 @@ def exponents(problem: Problem, values: list[list[float]], settings: Settings) -
 
 
 def nonconvex(settings: Settings, seed: int) -> Problem:
-    """Logistic regression on labels that a linear model explains but for 10% of them."""
+    """Logistic regression on labels of a linear model, 10% of them flipped."""
     shape = (settings.num_seeds, settings.num_examples, settings.num_variables)
     generator = torch.Generator().manual_seed(seed)
     scale = torch.logspace(0, -1, settings.num_variables)  # features of unequal size
@@ -150,7 +150,7 @@ def pl(settings: Settings, seed: int) -> Problem:
     noise = torch.randn(seeds, settings.num_examples, generator=generator)
     b = _apply(a, truth) + noise
 
-    # The rounding of float32 gives the matrix its full rank, so lstsq is told what counts as 0.
+    # Rounding to float32 gives the matrix full rank, so lstsq is told what counts as 0.
     best = torch.linalg.lstsq(a, b.unsqueeze(2), rcond=1e-4, driver="gelsd").solution.squeeze(2)
 
     def excess(x: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ METHODS: dict[str, Callable[[Tensor, float, float], Optimizer]] = {
 def minimize(
     problem: Problem, method: str, num_steps: int, c: float, settings: Settings, bar: tqdm
 ) -> Tensor:
-    """What the theorem bounds, after a run of ``num_steps`` from 0, for every seed: ``(S,)``."""
+    """What the theorem bounds, per seed, for a run of ``num_steps`` from 0: ``(S,)``."""
     num_seeds, num_examples, num_variables = problem.a.shape
     generator = torch.Generator().manual_seed(0)
     x = torch.nn.Parameter(torch.zeros(num_seeds, num_variables))

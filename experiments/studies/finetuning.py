@@ -30,7 +30,7 @@ class FineTuning:
     sources: dict[str, str]  # where data and weights came from
 
     def gradients(self, description: str) -> Iterator[float]:
-        """The loss of each batch, while the gradient of its mean is in place."""
+        """Yields the mean loss of each batch while its gradient is in place."""
         with tqdm(self.batches, desc=description, unit="step", dynamic_ncols=True) as bar:
             for batch in bar:
                 loss = self.model(**batch).loss
@@ -47,8 +47,8 @@ def load(
 
     Args:
         dataset: "mnli", or "gsm8k" for a language model.
-        model: a file of configs/model/.
-        data: folder with a folder for each data set.
+        model: a file in configs/model/.
+        data: folder with one folder per data set.
         max_length: tokens; longer rows are cut.
 
     Raises:
@@ -68,7 +68,7 @@ def load(
 
 
 def training_rows(dataset: str, data: Path) -> text.TextData:
-    """The split "train" of a data set: from its folder in ``data``, the hub, or generated."""
+    """The split "train" of a data set, from its folder in ``data``, the hub, or a generator."""
     return text.load(_config("dataset", dataset, DatasetConfig, root=str(data)), ["train"])
 
 

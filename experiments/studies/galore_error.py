@@ -1,12 +1,12 @@
-"""Error feedback under GaLore and under MicroAdam: how does the error grow beside the gradient?
+"""Error feedback in GaLore and MicroAdam: how does the error grow relative to the gradient?
 
-GaLore keeps what lies in a subspace of the gradient and computes the subspace anew every
-`update_gap` steps. Given error feedback, it would collect the rest until the next update, so the
-error grows step by step (paper, section 3 and appendix: RoBERTa-base on MNLI). Top-K has no such
-blind spot, since an entry that is left out grows until it is among the largest, but at 1% of the
-entries a step that takes long: the error may still be many gradients large, larger than GaLore's.
-Here both fine-tune MiniLM-L6 on MNLI; the norms are over all matrices that GaLore projects, all
-blocks together.
+GaLore keeps the part of the gradient in a subspace that it recomputes every `update_gap` steps.
+Given error feedback, it would collect the rest until the next update, so the error would grow step
+by step (paper, section 3 and appendix: RoBERTa-base on MNLI). Top-K has no such blind spot, since
+an entry that is left out grows until it is among the largest. At 1% of the entries per step,
+however, that takes a long time: the error may still be many times the gradient, and larger than
+GaLore's. Here both fine-tune MiniLM-L6 on MNLI; the norms are over all matrices that GaLore
+projects, all blocks together.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def run(settings: Settings, data: Path) -> dict[str, Any]:
     return measured
 
 
-Series = dict[str, list[float]]  # one value a step of error_norm, grad_norm and loss
+Series = dict[str, list[float]]  # error_norm, grad_norm and loss, one value per step
 
 
 def follow_galore(finetuning: FineTuning, settings: Settings) -> Series:
-    """GaLore that adds to every gradient what its projection has left out so far."""
+    """Runs GaLore, adding to every gradient what its projection has left out so far."""
     matrices = low_rank_parameters(finetuning.model, settings.rank)
     is_matrix = set(matrices)
     optimizer = GaLoreAdamW(
@@ -88,7 +88,7 @@ def follow_galore(finetuning: FineTuning, settings: Settings) -> Series:
 
 
 def projected(matrix: Tensor, projection: Tensor) -> Tensor:
-    """``P P^T A`` of ``A`` (m, n), or its like for the transpose where P has n rows."""
+    """``P P^T A`` for ``A`` (m, n), or ``A P P^T`` if P has n rows."""
     if matrix.shape[0] == projection.shape[0]:
         return projection @ (projection.T @ matrix)
     return (matrix @ projection) @ projection.T

@@ -1,14 +1,13 @@
-"""Rosenbrock: Top-K alone leaves Adam's path, error feedback finds it again (paper, Figure 1).
+"""Rosenbrock: Top-K alone leaves Adam's path; error feedback returns to it (paper, Figure 1).
 
 In two dimensions Top-K keeps the larger of two gradient entries, a density of 50%. What it leaves
 is one number, so MicroAdam's bucket of error feedback holds that number and zeros: its smallest and
 largest value, which 4 bits store exactly, up to bfloat16. The function of 64 variables fills a
-bucket with different values and shows what 4 bits do, at several densities.
+bucket with different values and shows the effect of 4 bits at several densities.
 
-MicroAdam runs twice. Its second moment sums a window of 10 gradients, but the bias correction
-divides it by the weight of all steps, so one and the same gradient moves a parameter up to
-(1 - 0.9^10) / sqrt(1 - 0.999^10) = 6.5 times as far as Adam does: once with Adam's learning rate,
-once with a fifth of it.
+MicroAdam runs twice, with Adam's learning rate and with a fifth of it: its second moment sums a
+window of 10 gradients, but the bias correction divides it by the weight of all steps, so the same
+gradient moves a parameter up to (1 - 0.9^10) / sqrt(1 - 0.999^10) = 6.5 times as far as in Adam.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from experiments.studies.variant import MicroAdamVariant
 from microadam import MicroAdam
 
-_NUM_POINTS = 400  # of a path that are kept, early steps in greater number
+_NUM_POINTS = 400  # kept of a path, more densely in its early steps
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def run(settings: Settings, data: Path) -> dict[str, Any]:
 
 
 def methods(lr: float, density: float, microadam_lr_factor: float) -> dict[str, Method]:
-    """The optimizers to compare, by the name they have in the results; Adam comes first."""
+    """The optimizers to compare, by their names in the results; Adam comes first."""
     return {
         "adam": lambda x: torch.optim.Adam([x], lr=lr),
         "topk": _top_k_adam(lr, density, bits=0),
@@ -118,8 +117,8 @@ def _kept_steps(num_steps: int) -> list[int]:
 
 
 def _distance(path: Tensor, other: Tensor) -> float:
-    """How far ``path`` strays: the largest distance of a point from the nearest of ``other``.
+    """How far ``path`` strays: the largest distance of a point from the nearest in ``other``.
 
-    ``other`` holds Adam's paths from all starts: in the valley, they are one.
+    ``other`` holds Adam's paths from all starts, which merge in the valley.
     """
     return torch.cdist(path, other).amin(dim=1).max().item()

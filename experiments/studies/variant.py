@@ -1,9 +1,9 @@
-"""MicroAdam with its parts exchangeable, in plain torch and float32: for experiments, not for use.
+"""MicroAdam with interchangeable parts, in plain torch and float32: for experiments only.
 
-Every study that asks "what if" takes this optimizer. It is put together from `microadam.reference`
-and, with its defaults, takes the very steps of `microadam.MicroAdam` (a test holds the two
-together). The error feedback is rounded as its bits demand but kept as float32, so the state that
-the variant would need is computed, not measured.
+Every study that asks "what if" uses this optimizer. It is built from `microadam.reference` and, by
+default, takes exactly the steps of `microadam.MicroAdam` (a test compares the two). The error
+feedback is rounded to its bits but stored as float32, so the state that the variant would need is
+computed, not measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MicroAdamVariant(ParameterwiseOptimizer):
         bits: of the error feedback; None: exact; 0: no error feedback, what Top-K leaves is lost.
         is_stochastic: rounds the error feedback stochastically, which makes it unbiased.
         bias_correction: "step" divides the moments by the weight of all steps taken (Algorithm 1),
-            "window" by that of the slots which are there.
+            "window" by that of the filled slots.
         amsgrad: divides by the largest second moment so far; only without a window.
     """
 
@@ -109,13 +109,13 @@ def layout_of(param: Tensor, group: dict[str, Any]) -> BlockLayout:
 
 
 def round_trip(residual: Tensor, bits: int, is_stochastic: bool = False) -> Tensor:
-    """Quantized to ``2^bits`` levels a bucket and back, as `microadam.reference` does for 4 bits.
+    """Quantizes to ``2^bits`` levels per bucket and back, as `microadam.reference` does for 4 bits.
 
     Args:
         residual: float32 ``(num_buckets, Q)``.
-        bits: of a code.
-        is_stochastic: round up with a probability of the fraction, which makes the expected result
-            the residual itself, up to the bfloat16 rounding of the bucket's range.
+        bits: per code.
+        is_stochastic: rounds up with a probability equal to the fraction, so that the expected
+            result is the residual itself, up to the bfloat16 rounding of the bucket's range.
     """
     max_code = 2**bits - 1
     minimum, maximum = (t.bfloat16().float().unsqueeze(1) for t in residual.aminmax(dim=1))
@@ -126,7 +126,7 @@ def round_trip(residual: Tensor, bits: int, is_stochastic: bool = False) -> Tens
 
 
 def _stored(residual: Tensor, group: dict[str, Any]) -> Tensor:
-    """What the error feedback gives back of a residual ``(B, L)`` in the next step."""
+    """The part of a residual ``(B, L)`` that the error feedback returns in the next step."""
     if group["bits"] is None:
         return residual
     if group["bits"] == 0:
@@ -137,9 +137,9 @@ def _stored(residual: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 def pad_to_buckets(residual: Tensor, bucket_size: int) -> Tensor:
-    """The buckets ``(num_buckets, Q)`` of blocks ``(B, L)``, the last of each block filled up.
+    """The buckets ``(num_buckets, Q)`` of blocks ``(B, L)``, the last of each block padded.
 
-    It is filled with a value of its own, so that its range does not change.
+    The padding repeats one of its values, so that its range does not change.
     """
     padding = -residual.shape[1] % bucket_size
     padded = torch.cat((residual, residual[:, -1:].expand(-1, padding)), dim=1)
@@ -154,7 +154,7 @@ def _moments(
     step: int,
     group: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """The bias-corrected moments ``(B, L)`` with this step's sparse gradient taken in."""
+    """The bias-corrected moments ``(B, L)``, including this step's sparse gradient."""
     beta1, beta2 = group["betas"]
     if group["window_size"] is None:
         return _exponential_moments(state, indices, values, segment, step, group)

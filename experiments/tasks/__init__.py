@@ -18,10 +18,10 @@ from experiments.hardware import Hardware
 
 
 class Batch(Protocol):
-    """The input of one forward pass; what else it holds is the task's own affair."""
+    """The input of one forward pass; what else it holds is up to the task."""
 
     num_targets: int  # predictions that the loss sums over
-    num_units: int  # work done, for the speed: tokens or images, see `Task.unit`
+    num_units: int  # work done, to compute the speed: tokens or images, see `Task.unit`
 
 
 class Task(ABC):
@@ -29,25 +29,25 @@ class Task(ABC):
 
     model: torch.nn.Module  # on the device, parameters in their dtype
     model_source: str
-    model_revision: str | None = None  # the hub's commit, where it is known
+    model_revision: str | None = None  # the hub's commit, if known
     data_source: str  # local | hub | generated
-    data_digest: str  # another one where the data is other data, whatever its source
-    data_revision: str | None = None  # the hub's commit, where it is known
+    data_digest: str  # changes with the data, whatever its source
+    data_revision: str | None = None  # the hub's commit, if known
     num_examples: int  # to train on
-    num_overlong_examples: int  # to train on, but longer than the maximal length: left out, or cut
+    num_overlong_examples: int  # training examples over the maximum length: left out, or cut
     cuts_overlong_examples = False
     unit = "tokens"  # of the work done
     columns: tuple[str, ...] = ()  # that the data set must have, by name or type
-    uses_harness = False  # evaluates by lm-evaluation-harness what the group evaluation chooses
-    data_loader = "memory"  # memory: the examples lie there | ffcv | torchvision
+    uses_harness = False  # runs the tasks of the config group evaluation in lm-evaluation-harness
+    data_loader = "memory"  # memory: all examples are held there | ffcv | torchvision
 
     @abstractmethod
     def __init__(self, config: RunConfig, hardware: Hardware) -> None:
-        """Loads data and model; draws random weights, where asked for, from torch's generator."""
+        """Loads data and model; random weights, if requested, are drawn from torch's generator."""
 
     def micro_batches(self, indices: Sequence[int]) -> list[Any]:
         """The training examples with these indices as `Batch`es on the device."""
-        raise NotImplementedError(f"{type(self).__name__} must have micro_batches or steps")
+        raise NotImplementedError(f"{type(self).__name__} must define micro_batches or steps")
 
     def steps(self, order: DataOrder, first: int, last: int) -> Iterator[list[Any]]:
         """The `Batch`es of every optimizer step from ``first`` to before ``last``.
@@ -64,15 +64,15 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self) -> dict[str, Any]:
-        """Metrics by name; ``loss`` is a target's mean on held-out examples."""
+        """Metrics by name; ``loss`` is the mean per target on held-out examples."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes the trained model to a new folder, whole or not at all."""
+        """Writes the trained model to a new folder, completely or not at all."""
 
     @staticmethod
     def num_local_examples(config: DatasetConfig) -> int:
-        """Training examples in the data set's local folder, or of generated data, for the plan."""
+        """Number of training examples in the local folder, or of generated data, for the plan."""
         return len(text.load(config).rows["train"])
 
     @staticmethod

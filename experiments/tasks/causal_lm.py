@@ -25,7 +25,7 @@ from experiments.progress_bars import evaluation_bar, tokenizing
 from experiments.tasks import Task
 
 _IGNORED = -100
-_MAX_LOGITS_AT_ONCE = 1 << 25  # where they are computed again: 128 MiB in float32
+_MAX_LOGITS_AT_ONCE = 1 << 25  # when they are recomputed: 128 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Batch:
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Example:
     """Tokens of prompt and response, split where lm-evaluation-harness splits them.
 
-    The response's tokens are those by which the whole text is longer than the prompt alone, so the
+    The response's tokens are those of the whole text beyond the length of the prompt alone, so the
     model is trained to continue exactly the tokens that the harness will give it.
     """
     prompt_tokens = tokenizer.encode(prompt)
@@ -68,7 +68,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> Ex
 
 
 def collate(examples: Sequence[Example], pad_token: int) -> Batch:
-    """Pads the examples to the longest and keeps the positions from the first response on."""
+    """Pads the examples to the longest and keeps the positions from the first response onward."""
     length = max(len(example.tokens) for example in examples)
     first = min(example.num_prompt_tokens for example in examples) - 1
     input_ids = torch.full((len(examples), length), pad_token)
@@ -98,9 +98,9 @@ def largest_batch(num_examples: int, length: int, device: torch.device) -> Batch
 def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross-entropy summed over the responses' tokens, a float32 scalar.
 
-    Logits are computed only at the positions that are predicted. Where the layers compute their
-    activations again, the head does so too, some positions at a time: the logits of a large batch
-    would take more memory than a layer.
+    Logits are computed only at the predicted positions. If the layers recompute their activations,
+    so does the head, some positions at a time: the logits of a large batch would take more memory
+    than a layer.
     """
     targets = batch.targets.flatten()
     hidden = None
@@ -122,9 +122,9 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _input_of_head(model: PreTrainedModel, head: torch.nn.Module, batch: Batch) -> Tensor | None:
-    """What the head makes logits of, (examples, positions, width); None where only the model can.
+    """The head's input, (examples, positions, width); None if only the model can compute logits.
 
-    That is where the head's weight is sharded, or the model changes the logits further.
+    That is the case if the head's weight is sharded or the model changes the logits further.
     """
     if isinstance(head.weight, DTensor):
         return None
@@ -151,7 +151,7 @@ def _cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class CausalLM(Task):
-    """A data set of prompts and responses; a task says what these are in a row."""
+    """A data set of prompts and responses; each task defines both for a row."""
 
     model: PreTrainedModel
     uses_harness = True
@@ -164,7 +164,7 @@ class CausalLM(Task):
     @staticmethod
     @abstractmethod
     def response(row: text.Row) -> str:
-        """What it learns to continue the prompt with."""
+        """The continuation that it learns."""
 
     def __init__(self, config: RunConfig, hardware: Hardware) -> None:
         self._config = config
@@ -172,7 +172,7 @@ class CausalLM(Task):
         data = text.load(config.dataset)
         self.data_source, self.data_digest = data.source, data.digest
         self.data_revision = data.revision
-        remedy = "there is no split test: hold some rows out"
+        remedy = "there is no test split: hold some rows out"
         require("test" in data.rows, "dataset.num_held_out", config.dataset.num_held_out, remedy)
         self._harness = Harness(config.evaluation)
         loaded = models.load_causal_lm(config.model)
@@ -213,7 +213,7 @@ class CausalLM(Task):
         return loss_sum(model, batch)
 
     def evaluate(self) -> dict[str, Any]:
-        """Loss a token on held-out responses, and what lm-evaluation-harness measures."""
+        """Loss per token on held-out responses, and lm-evaluation-harness's metrics."""
         self.model.eval()
         with torch.no_grad(), self._hardware.autocast():
             loss = self._held_out_loss()

@@ -1,4 +1,4 @@
-"""What tasks that classify share: the accuracy; for pairs of texts also encoding and batching."""
+"""Shared by classification tasks: the accuracy and, for pairs of texts, encoding and batching."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 @dataclass(frozen=True)
 class Example:
     tokens: list[int]  # both texts with the model's separators
-    segments: list[int]  # for each token 0 or 1: of the first or the second text
+    segments: list[int]  # per token, 0 or 1: from the first or the second text
     label: int
-    is_cut: bool = False  # to the maximal length
+    is_cut: bool = False  # to the maximum length
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def encode(
 
 
 def collate(examples: Sequence[Example], model: PreTrainedModel) -> Batch:
-    """Pads the examples to the longest, which the attention mask hides.
+    """Pads the examples to the longest; the attention mask hides the padding.
 
-    Segments are left out where the model tells texts apart by the separator alone.
+    Segments are left out if the model tells texts apart by the separator alone.
     """
     length = max(len(example.tokens) for example in examples)
     input_ids = torch.full((len(examples), length), model.config.pad_token_id)
@@ -91,7 +91,7 @@ def loss_sum(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def accuracy(name: str, num_correct: int, num_samples: int) -> dict[str, float | int]:
-    """The share that is correct, its standard error (a single sample has none) and the count."""
+    """The share correct, its standard error (a single sample has none) and the count."""
     share = num_correct / num_samples
     metrics: dict[str, float | int] = {name: share}
     if num_samples > 1:

@@ -1,4 +1,4 @@
-"""Image classification from scratch, after the recipes of ffcv-imagenet."""
+"""Image classification from scratch, following the recipes of ffcv-imagenet."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ImageNet(Task):
         self.model_source = "random"
 
     def steps(self, order: DataOrder, first: int, last: int) -> Iterator[list[Batch]]:
-        """The batches of every step, read ahead; the resolution rises once in a run."""
+        """The batches of every step, read ahead; the resolution rises once per run."""
         training = self._config.training
         changes_at = self._recipe.last_resolution_from * num_steps(training, self.num_examples)
 

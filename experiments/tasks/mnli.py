@@ -89,7 +89,7 @@ class MNLI(Task):
     def evaluate(self) -> dict[str, Any]:
         """Accuracy on each held-out split, and how many of its pairs were cut.
 
-        ``loss`` is an example's mean on the first of them.
+        ``loss`` is the mean per example on the first split.
         """
         self.model.eval()
         metrics: dict[str, Any] = {}
@@ -103,7 +103,7 @@ class MNLI(Task):
 
     @torch.no_grad()
     def _evaluate_split(self, name: str, examples: Sequence[Example]) -> tuple[float, int]:
-        """Mean loss, and how many examples get their own label."""
+        """Mean loss, and how many examples are classified correctly."""
         loss, num_correct = 0.0, 0
         with evaluation_bar(f"evaluate {name}", len(examples), "pair") as bar:
             for batch in self._batches(examples, self._config.evaluation.batch_size):

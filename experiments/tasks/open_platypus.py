@@ -7,7 +7,7 @@ from typing import Any
 from experiments.data.text import Row
 from experiments.tasks.causal_lm import CausalLM
 
-# The table of the paper averages these, and so does `OpenPlatypus.evaluate` where all are there.
+# The paper's table averages these, and so does `OpenPlatypus.evaluate` if all are present.
 _AVERAGED = (
     "arc_challenge/acc_norm,none",
     "hellaswag/acc_norm,none",
@@ -21,7 +21,7 @@ class OpenPlatypus(CausalLM):
 
     @staticmethod
     def prompt(row: Row) -> str:
-        """The prompt of Stanford Alpaca, with or without an input beside the instruction."""
+        """The prompt of Stanford Alpaca, with or without an input alongside the instruction."""
         if row["input"]:
             return (
                 "Below is an instruction that describes a task, paired with an input that provides "

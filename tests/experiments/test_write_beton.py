@@ -171,7 +171,7 @@ def test_an_image_that_fits_no_page_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(beton, "_PAGE_BYTES", 1 << 11)
-    with pytest.raises(ExperimentError, match=r"image 2 takes 2,112 bytes.*maximal resolution"):
+    with pytest.raises(ExperimentError, match=r"image 2 takes 2,112 bytes.*maximum resolution"):
         beton.write(Noise(), tmp_path / "noise.beton", PIXELS, num_workers=0)
 
 

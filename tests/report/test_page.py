@@ -182,7 +182,7 @@ def test_a_table_whose_record_is_gone_is_refused_with_the_way_to_restore_it(
     shutil.copy(results / "table1.json", tmp_path)
     monkeypatch.setattr(sys, "argv", ["report", "--results-dir", str(tmp_path)])
     restored_by = f"scripts.table table1 --scale mini --results-dir {tmp_path}$"
-    with pytest.raises(SystemExit, match=rf"names records/.*restore it with: .*{restored_by}"):
+    with pytest.raises(SystemExit, match=rf"refers to records/.*restore it with: .*{restored_by}"):
         report.main()
     assert not (tmp_path / "index.html").exists()
 

@@ -495,7 +495,7 @@ def test_the_report_loads_neither_torch_nor_hydra() -> None:
 def test_results_that_are_missing_or_broken_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "cut.json").write_text('{"status": "fini')
-    expected = {tmp_path / "none": "there is no such folder", tmp_path: "cut.json: it is not valid"}
+    expected = {tmp_path / "none": "there is no such folder", tmp_path: "cut.json: not valid"}
     for folder, words in expected.items():
         command = [sys.executable, "-m", "experiments.report", "--results-dir", str(folder)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
