@@ -205,7 +205,7 @@ def test_a_data_set_that_is_on_no_hub_is_not_looked_up(
     monkeypatch.setattr(hub, "load_dataset", load)
     assert images.find(_config(hub_id=None), ["train"])[0].source == "generated"
     assert "cifar10 is not to be had from the hub (it is on no hub)" in capsys.readouterr().out
-    with pytest.raises(ExperimentError, match="data set cifar10 is on no hub: give a folder"):
+    with pytest.raises(ExperimentError, match="data set cifar10 is not on any hub: give a folder"):
         images.find(_config(hub_id=None, source="real"), ["train"])
 
 
