@@ -43,7 +43,7 @@ def write(args: argparse.Namespace) -> None:
     from experiments.data import images
 
     if not images.has_ffcv():
-        raise ExperimentError("writing a .beton file needs FFCV, which is not installed")
+        raise ExperimentError("writing a .beton file requires FFCV")
     from experiments.data import beton
 
     if args.source is not None and not args.source.is_dir():

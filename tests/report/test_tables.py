@@ -320,7 +320,7 @@ def test_a_plan_says_where_the_data_is_not_that_of_the_local_folder(
 ) -> None:
     monkeypatch.setenv("MICROADAM_DATA", str(tmp_path))
     make_table(tmp_path, "--scale", scale, "--dry")
-    assert (f"there is no folder {tmp_path / 'mnli'} " in capsys.readouterr().out) == says
+    assert (f"there is no folder {tmp_path / 'mnli'}, so mnli" in capsys.readouterr().out) == says
 
 
 def test_an_interrupted_fresh_table_says_how_it_goes_on_and_then_does_the_rest(
