@@ -22,15 +22,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import atomic, config, hub, sweeps
-from experiments.errors import ExperimentError, how_to_go_on, require
+from experiments.errors import ExperimentError, require, resume_hint
 from experiments.optimizers import OPTIMIZERS
 
 _CONFIGS = Path(__file__).parent / "configs"
-_INTERNAL_GROUPS = ("preset", "table")  # chosen by task and scale together; of scripts/table.py
+_INTERNAL_GROUPS = ("preset", "table")  # chosen by task and scale; for scripts/table.py
 
 
 def groups() -> dict[str, list[str]]:
-    """What a user chooses from, by group."""
+    """The choices a user has, by group."""
     return {
         folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
         for folder in sorted(_CONFIGS.iterdir())
@@ -39,20 +39,20 @@ def groups() -> dict[str, list[str]]:
 
 
 def config_groups() -> str:
-    """The groups, one a line, for --help."""
+    """The groups, one per line, for --help."""
     return "\n".join(f"  {name}: {', '.join(choices)}" for name, choices in groups().items())
 
 
 def command_line(given: Sequence[str]) -> list[str]:
-    """The arguments with all overrides in one piece, which is how Hydra's argparse takes them.
+    """The arguments with all overrides grouped together, as Hydra's argparse requires.
 
     Raises:
-        ExperimentError: as `completed`.
+        ExperimentError: as in `completed`.
     """
     options: list[str] = []
     overrides: list[str] = []
     for before, argument in zip(["", *given], given, strict=False):
-        is_value = before.startswith("-") and "=" not in argument  # as job in --cfg job
+        is_value = before.startswith("-") and "=" not in argument  # such as job in --cfg job
         is_option = argument.startswith("-") or (is_value and not argument.startswith("~"))
         (options if is_option else overrides).append(argument)
     printing = {"--cfg", "-c", "--info", "-i"}.intersection(options)
@@ -62,21 +62,21 @@ def command_line(given: Sequence[str]) -> list[str]:
 
 
 def completed(overrides: Sequence[str]) -> list[str]:
-    """The overrides as they are meant, where Hydra would take them otherwise.
+    """The overrides as the user meant them, where Hydra would read them differently.
 
-    ``~/`` at the beginning of a value is the home folder. Epochs that are asked for win over the
-    number of steps that a preset may have, which replaces epochs.
+    ``~/`` at the beginning of a value is the home folder. Epochs that are asked for take precedence
+    over a preset's number of steps, which would otherwise replace them.
 
     Raises:
-        ExperimentError: an override that Hydra cannot read, or answers with a traceback.
+        ExperimentError: Hydra cannot read an override, or would answer it with a traceback.
     """
     overrides = [_with_home(override) for override in overrides]
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
         remedy = (
-            "a value with other characters than letters, digits and /-_.:%+@?| wants quotes that "
-            "the shell leaves: 'dataset.path=\"a=b\"'"
+            "a value with characters other than letters, digits and /-_.:%+@?| needs quotes that "
+            "the shell leaves in place: 'dataset.path=\"a=b\"'"
         )
         if "=" not in error.override:
             remedy = "must be key=value"
@@ -91,7 +91,7 @@ def completed(overrides: Sequence[str]) -> list[str]:
         if not name:
             raise ExperimentError(f"{override.input_line}: there is no key before the =")
         for choice in _values_of(override) if name in choices and not override.is_delete() else ():
-            if choice is None or isinstance(choice, int | float):  # that is a traceback of Hydra's
+            if choice is None or isinstance(choice, int | float):  # Hydra would print a traceback
                 known = ", ".join(choices[name])
                 raise ExperimentError(f"{override.input_line}: choose one of {known}")
         require(
@@ -106,7 +106,7 @@ def completed(overrides: Sequence[str]) -> list[str]:
 
 
 def _values_of(override: Override) -> list[Any]:
-    """Its value, or all that a sweep goes through."""
+    """Its value, or all values of a sweep."""
     value = override.value()
     return value.list if isinstance(value, ChoiceSweep) else [value]
 
@@ -117,7 +117,7 @@ def _with_home(override: str) -> str:
 
 
 def register_schemas() -> None:
-    """Makes the dataclasses known to Hydra as what every config file is merged into."""
+    """Registers the dataclasses with Hydra as the schemas that config files are merged into."""
     OmegaConf.register_new_resolver("config_groups", config_groups, replace=True)
     store = ConfigStore.instance()
     store.store(name="run_schema", node=config.RunConfig)
@@ -141,10 +141,10 @@ def compose(*overrides: str) -> config.RunConfig:
 
 
 def _parsed(composed: DictConfig, overrides: Sequence[str]) -> config.RunConfig:
-    """The config that these overrides compose, checked.
+    """The validated config that these overrides compose.
 
     Raises:
-        ExperimentError: as `config.parse`; or an override is of what would change nothing.
+        ExperimentError: as in `config.parse`; or an override would have no effect.
     """
     run_config = config.parse(composed)
     for override in overrides:
@@ -158,7 +158,7 @@ def _parsed(composed: DictConfig, overrides: Sequence[str]) -> config.RunConfig:
 
 
 class Refused(BaseException):
-    """Takes an `ExperimentError` past Hydra, which would put a line of its own before it."""
+    """Carries an `ExperimentError` past Hydra, which would print a line of its own before it."""
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
@@ -167,7 +167,7 @@ def main(composed: DictConfig) -> str:
         return _execute(composed)
     except ExperimentError as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise  # to `Sweep`
+            raise  # for `Sweep`
         raise Refused(error) from error
 
 
@@ -177,30 +177,31 @@ def _execute(composed: DictConfig) -> str:
     hub.go_offline_if_unreachable()
     from experiments.runner import execute  # torch and transformers load only when a run starts
 
-    return str(execute(run_config, overrides))  # what `Sweep` finds the run by
+    return str(execute(run_config, overrides))  # how `Sweep` finds the run
 
 
 class Sweep(Callback):
-    """Reports a failed job at once, lets the other jobs run, and ends with a table of all.
+    """Reports a failed job at once, lets the other jobs run, and ends with a table of all jobs.
 
-    By itself Hydra raises the first failure when all jobs are through and forgets the others. With
-    every launcher, those named after jobs run where the job does, the others where the sweep does.
+    Left alone, Hydra raises the first failure after all jobs have run and forgets the others. With
+    every launcher, the job methods run in the job's process and the multirun methods in the
+    sweep's.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             print(
-                "error: --multirun (or a sweep) in several processes: each would go through all "
+                "error: --multirun (or a sweep) in several processes: each would run all the "
                 "jobs; start torchrun once for each job, or choose a launcher",
                 file=sys.stderr,
             )
             sys.exit(2)
         folder = Path(config.hydra.sweep.dir)
         try:
-            with atomic.explained(folder):  # Hydra makes it next, and answers with a traceback
+            with atomic.explained(folder):  # else Hydra, which makes it next, prints a traceback
                 folder.mkdir(parents=True, exist_ok=True)
         except ExperimentError as error:
-            # Of an exception Hydra makes a warning; and this module's are not those of __main__.
+            # Hydra turns an exception into a warning, and this module's classes are not __main__'s.
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 
@@ -212,7 +213,7 @@ class Sweep(Callback):
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         job = config.hydra.job.num
-        outcome = job_return._return_value  # the public property raises it where it is an error
+        outcome = job_return._return_value  # the public property would raise an error
         if job_return.status == JobStatus.FAILED:
             message = _one_line(outcome)
             if not isinstance(outcome, ExperimentError):
@@ -220,7 +221,7 @@ class Sweep(Callback):
                 message = f"{type(outcome).__name__}: {message}"
             print(f"error: job {job} failed: {message}", file=sys.stderr)
             result = {"error": message}
-            job_return.status = JobStatus.COMPLETED  # for the sweeper, which would raise it again
+            job_return.status = JobStatus.COMPLETED  # otherwise the sweeper would raise it again
         else:
             result = {"run": outcome}
         overrides = list(config.hydra.overrides.task)
@@ -233,7 +234,7 @@ class Sweep(Callback):
             sys.exit(1)
 
 
-# How Hydra and OmegaConf begin the lines that help nobody at the command line.
+# How Hydra and OmegaConf begin lines that are of no help at the command line.
 _NOISE = (
     "full_key:",
     "object_type=",
@@ -242,12 +243,12 @@ _NOISE = (
     "provider=",
     "Set the env",
     "See https://hydra.cc",
-    "To append to your config",  # what is no key of RunConfig would be read by nothing
+    "To append to your config",  # nothing would read a key that RunConfig lacks
 )
 
 
 def _one_line(error: BaseException) -> str:
-    """The message; for Hydra's and OmegaConf's errors with their causes, but without the noise."""
+    """The message; Hydra's and OmegaConf's errors include their causes, minus the noise."""
     if isinstance(error, ExperimentError | Refused):
         return str(error)
     messages: list[str] = []
@@ -258,7 +259,7 @@ def _one_line(error: BaseException) -> str:
                 messages.append(line)
         cause = cause.__cause__
     if any("override 'evaluation'" in message for message in messages):
-        return "evaluation: this task has an evaluation of its own; leave it out"  # + is refused
+        return "evaluation: this task has its own evaluation; leave it out"  # + is refused
     if any("'hydra/launcher/" in message for message in messages):
         messages.append(
             "(launchers come with extras: pip install '.[joblib]', '.[slurm]', '.[ray]')"
@@ -279,14 +280,14 @@ if __name__ == "__main__":
         ExperimentError,
         HydraException,
         OmegaConfBaseException,
-        PermissionError,  # of a file that may not be read
+        PermissionError,  # a file that may not be read
     ) as error:
         if wants_traceback:
             raise
-        if is_first:  # every rank meets the same error
+        if is_first:  # every rank hits the same error
             print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if is_first:  # every rank has been interrupted
-            print(f"\ninterrupted; {how_to_go_on()} from the last checkpoint", file=sys.stderr)
+            print(f"\ninterrupted; {resume_hint()} from the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""What a forward pass keeps for the backward pass: each layer's input, where memory is short."""
+"""What a forward pass keeps for the backward pass: only each layer's input, if memory is short."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from experiments.errors import ExperimentError
 
 
 def in_host_memory() -> AbstractContextManager[Any]:
-    """Tensors saved for the backward pass wait in the host's pinned memory."""
+    """Keeps tensors saved for the backward pass in the host's pinned memory."""
     return save_on_cpu(pin_memory=True)
 
 
@@ -26,18 +26,18 @@ def enable_checkpointing(
     config: HardwareConfig,
     offload: Callable[[], AbstractContextManager[Any]] = in_host_memory,
 ) -> None:
-    """Keeps only each layer's input for the backward pass and computes the rest again.
+    """Keeps only each layer's input for the backward pass and recomputes the rest.
 
-    A layer takes at most ``config.micro_batch_size`` examples of a larger batch at a time. So it
-    needs the memory of a micro-batch, and yet all its gradients come in one backward pass: the
-    accumulation that gradient release can have.
+    A layer processes a larger batch in parts of at most ``config.micro_batch_size`` examples. It
+    thus needs the memory of a micro-batch, yet gets all its gradients in one backward pass: the
+    only form of accumulation compatible with gradient release.
 
     Args:
         model: a transformers model.
-        offload: the hooks by which ``config.activation_offloading`` keeps a layer's input.
+        offload: the hooks that keep a layer's input under ``config.activation_offloading``.
 
     Raises:
-        ExperimentError: the model cannot.
+        ExperimentError: the model does not support it.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ExperimentError(
@@ -70,14 +70,14 @@ def enable_checkpointing(
 
 
 def is_checkpointed(model: torch.nn.Module) -> bool:
-    """Whether it is a transformers model, unwrapped, whose layers keep only their input."""
+    """Whether it is an unwrapped transformers model whose layers keep only their input."""
     return hasattr(model, "supports_gradient_checkpointing") and any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()
     )
 
 
 def _examples(arguments: Any, rows: slice, num_examples: int) -> Any:
-    """Those rows of every tensor that has one for each example, as a mask; the others whole."""
+    """Those rows of every tensor with one row per example, such as a mask; others unchanged."""
 
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         return tensor[rows] if tensor.dim() >= 2 and tensor.shape[0] == num_examples else tensor

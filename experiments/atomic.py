@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whatever happens while they are written."""
+"""Files and folders that exist complete or not at all, whatever happens during writing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Gives a file or folder another name in its folder, and waits until the disk has it."""
+    """Renames a file or folder within its folder, and waits until that is on disk."""
     source.replace(target)
     folder = os.open(target.parent, os.O_RDONLY)
     try:
@@ -43,17 +43,17 @@ def rename(source: Path, target: Path) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns what the system says while ``path`` is written into a sentence.
+    """Turns system errors raised while ``path`` is written into a readable message.
 
     Raises:
-        ExperimentError: the disk is full, a quota is used up, or the folder may not be written.
+        ExperimentError: the disk is full, a quota is used up, or the folder is not writable.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise _not_written(path, error) from error
     except RuntimeError as error:
-        # Given an open file, torch.save meets the OSError, but says only "unexpected pos".
+        # Writing to an open file, torch.save hits the OSError but only reports "unexpected pos".
         if isinstance(error.__context__, OSError):
             raise _not_written(path, error.__context__) from error
         raise
@@ -61,21 +61,21 @@ def explained(path: Path) -> Iterator[None]:
 
 def _not_written(path: Path, error: Exception) -> ExperimentError:
     if _number(error) in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "make room, and the same command goes on"
+        remedy = "free some space, then run the same command again to resume"
     else:
         remedy = (
-            "see to it that files can be written there, and the same command goes on; or choose "
-            "another folder: with $MICROADAM_CACHE for the cache, with results_dir for the results "
-            "of run.py, which then starts anew"
+            "make the folder writable, then run the same command again to resume; or choose "
+            "another folder: with $MICROADAM_CACHE for the cache, or with results_dir for the "
+            "results of run.py, which then starts from scratch"
         )
     return ExperimentError(
-        f"{path}: could not be written ({getattr(error, 'strerror', None) or error}); nothing that "
-        f"was there is lost: {remedy}"
+        f"{path}: could not be written ({getattr(error, 'strerror', None) or error}); nothing "
+        f"already there is lost: {remedy}"
     )
 
 
 def _number(error: Exception) -> int | None:
-    """The system's number of the error, which safetensors gives only in its text."""
+    """The system's error number, which safetensors gives only in its message."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"os error (\d+)", str(error))
@@ -86,7 +86,7 @@ def _number(error: Exception) -> int | None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a folder to fill; it becomes ``path`` when the block ends without an exception.
 
-    Where another process made ``path`` in the meantime, that one stays.
+    If another process creates ``path`` in the meantime, its folder stays.
     """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)

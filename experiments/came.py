@@ -2,10 +2,10 @@
 
 After Algorithm 2 of "CAME: Confidence-guided Adaptive Memory Efficient Optimization" (Luo et al.
 2023, arXiv:2307.02047). The authors' package came-pytorch 0.1.3 is not used: loading a checkpoint
-rounds its float32 state to bfloat16 where the parameters are (averages that move by 1e-4 of their
-value a step then stand still); it factors the last two dimensions of a convolution, 3 x 3 or
-1 x 1, which takes 9 to 20 bytes a parameter instead of 4; and its hyperparameters are checked by
-``assert``. For matrices and vectors the two compute the same.
+rounds its float32 state to bfloat16 if the parameters are bfloat16 (averages that move by 1e-4 of
+their value per step then stop moving); it factors the last two dimensions of a convolution, 3 x 3
+or 1 x 1, which takes 9 to 20 bytes per parameter instead of 4; and it checks hyperparameters with
+``assert``. For matrices and vectors the two compute the same updates.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from experiments.parameterwise import ParameterwiseOptimizer
 
 
 class CAME(ParameterwiseOptimizer):
-    """CAME; a parameter of two and more dimensions is the matrix (shape[0], everything else).
+    """CAME; a parameter of two or more dimensions is treated as a matrix (shape[0], the rest).
 
     The state is float32 whatever the parameter's dtype. A matrix of m x n has ``exp_avg`` (m, n),
     and the averages over rows (m,) and columns (n,) of the squared gradient (``sq_row``,
-    ``sq_col``) and of the instability (``res_row``, ``res_col``). Another parameter has ``exp_avg``
-    and ``exp_avg_sq`` of its own shape, and no confidence. There is no bias correction.
+    ``sq_col``) and of the instability (``res_row``, ``res_col``). Any other parameter has
+    ``exp_avg`` and ``exp_avg_sq`` of its own shape, and no confidence. There is no bias correction.
 
     Args:
         params: parameters or parameter groups.
@@ -72,7 +72,7 @@ class CAME(ParameterwiseOptimizer):
 
 
 def _update(grad: Tensor, state: dict[str, Tensor], group: dict) -> Tensor:
-    """The update for ``grad``, a float32 vector or matrix; moves the state on."""
+    """The update for ``grad``, a float32 vector or matrix; updates the state in place."""
     beta1, beta2, beta3 = group["betas"]
     eps_sq, eps_res = group["eps"]
     is_factored = grad.dim() == 2
@@ -102,7 +102,7 @@ def _update(grad: Tensor, state: dict[str, Tensor], group: dict) -> Tensor:
 
 
 def _factored_rsqrt(matrix: Tensor, row: Tensor, col: Tensor, beta: float) -> Tensor:
-    """Moves ``row`` and ``col`` on to ``matrix``'s means; returns 1/sqrt of the rank-1 estimate."""
+    """Averages ``matrix`` into ``row`` and ``col``; returns 1/sqrt of the rank-1 estimate."""
     row.lerp_(matrix.mean(dim=1), 1 - beta)
     col.lerp_(matrix.mean(dim=0), 1 - beta)
     return torch.outer((row / row.mean()).rsqrt_(), col.rsqrt())

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: written whole or not at all, the last two kept, refused when damaged.
+"""Checkpoints of a run: written atomically, the last two kept, rejected if damaged.
 
-One process, and DDP, write one file: ``step-00000025.pt``, a zip archive (`torch.save`) with a
+A single process or DDP writes one file: ``step-00000025.pt``, a zip archive (`torch.save`) with a
 CRC-32 of each tensor. FSDP2 writes a folder ``step-00000025`` through torch.distributed.checkpoint,
-each rank its own shards, and ``manifest.json`` with a SHA-256 of each file; any number of processes
-can load it.
+where each rank writes its own shards, and a ``manifest.json`` with the SHA-256 of each file; any
+number of processes can load it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PROGRESS = "progress.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """What a checkpoint holds beside model and optimizer; as JSON it is readable."""
+    """What a checkpoint holds besides the model and optimizer; can be written as JSON."""
 
     config_hash: str
     data_source: str
@@ -60,7 +60,7 @@ class Checkpoint:
     progress: Progress
 
     def restore(self, model: Module, optimizer: Optimizer) -> None:
-        """Loads both; the optimizer's state of other shards than this process's is converted."""
+        """Loads both; optimizer state that was sharded differently is converted."""
         if self.path.is_dir():
             _load_shards(self.path, model, optimizer)
             return
@@ -72,10 +72,10 @@ class Checkpoint:
 def save(
     folder: Path, progress: Progress, model: Module, optimizer: Optimizer, is_sharded: bool
 ) -> None:
-    """Writes the checkpoint of a step, then removes all but the newest two; call it on all ranks.
+    """Writes a checkpoint, then removes all but the newest two; call it on all ranks.
 
     Raises:
-        ExperimentError: the disk is full; the checkpoints before are still there.
+        ExperimentError: the disk is full; earlier checkpoints are kept.
     """
     path = folder / f"step-{progress.step:08d}"
     if is_sharded:
@@ -92,33 +92,33 @@ def save(
 
 
 def newest(folder: Path, identity: Mapping[str, str]) -> Checkpoint | None:
-    """The newest checkpoint whose checksums are right, or None where there is none yet.
+    """The newest checkpoint whose checksums match, or None if there is none yet.
 
     Args:
-        identity: of the run, by name of a field of `Progress`: what makes a checkpoint its own.
+        identity: fields of `Progress`, by name, that must match for a checkpoint to be this run's.
 
     Raises:
-        ExperimentError: all are damaged, or the newest belongs to another run or does not say.
+        ExperimentError: all are damaged, or the newest belongs to another run or lacks a field.
     """
     for partial in folder.glob(".step-*.partial"):
-        _remove(partial)  # of a process that was killed
+        _remove(partial)  # left by a process that was killed
     paths = _newest_first(folder)
     for path in paths:
         progress = _checked(path)
         if progress is None:
-            print(f"checkpoint: {path} is damaged or cut short, trying the one before it")
+            print(f"checkpoint: {path} is damaged or cut short; trying the previous one")
             continue
         for name, expected in identity.items():
             found = getattr(progress, name)
             if found != expected:
                 raise ExperimentError(
                     f"{path}: its {name} is {found}, this run's is {expected}; use force=true to "
-                    "start anew (the folder is kept under another name), or another results_dir"
+                    "start over (the folder is kept under another name), or another results_dir"
                 )
         return Checkpoint(path, progress)
     if paths:
         raise ExperimentError(
-            f"{folder}: no checkpoint in it can be read; use force=true to start anew (the folder "
+            f"{folder}: no checkpoint in it can be read; use force=true to start over (the folder "
             "is kept under another name)"
         )
     return None
@@ -147,7 +147,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _checked(path: Path) -> Progress | None:
-    """None where anything differs from what was written."""
+    """None if anything differs from what was written."""
     if path.is_dir():
         return _checked_shards(path)
     try:
@@ -165,7 +165,7 @@ def _progress(path: Path, saved: Mapping[str, Any]) -> Progress:
     if missing:
         raise ExperimentError(
             f"{path}: it does not say its {' and '.join(missing)}, as an earlier version wrote it; "
-            "finish the run with that version, or use force=true to start anew (the folder is kept "
+            "finish the run with that version, or use force=true to start over (the folder is kept "
             "under another name)"
         )
     return Progress(**{name: saved[name] for name in names})
@@ -191,7 +191,7 @@ def _save_shards(path: Path, progress: Progress, model: Module, optimizer: Optim
             shutil.rmtree(partial)
         reason, _ = next(iter(error.failures.values()))
         raise ExperimentError(
-            f"{path}: could not be written ({reason}); the checkpoint before is still there"
+            f"{path}: could not be written ({reason}); the previous checkpoint is still there"
         ) from error
     own = [file for file in partial.iterdir() if file.name.startswith(f"__{distributed.rank()}_")]
     if distributed.rank() == 0:
@@ -219,7 +219,7 @@ def _checked_shards(path: Path) -> Progress | None:
         files = json.loads((path / _MANIFEST).read_bytes())
         if any(_digest(path / name) != digest for name, digest in files.items()):
             return None
-    except (FileNotFoundError, ValueError):  # a file is gone, or the manifest is no JSON
+    except (FileNotFoundError, ValueError):  # a file is missing, or the manifest is not JSON
         return None
     return _progress(path, json.loads((path / _PROGRESS).read_bytes()))
 

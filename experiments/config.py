@@ -1,6 +1,6 @@
-"""The types of every config key, and the step from a composed Hydra config to plain dataclasses.
+"""The type of every config key, and the conversion of a composed Hydra config to dataclasses.
 
-Hydra and OmegaConf end here: everything behind `parse` sees `RunConfig`.
+Hydra and OmegaConf end here: everything after `parse` sees a `RunConfig`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class TaskConfig:
 class ModelConfig:
     name: str = MISSING
     weights: str = MISSING  # pretrained | random
-    path: str | None = None  # folder of a saved transformers model; used before hub and package
+    path: str | None = None  # folder of a saved transformers model; preferred to hub and package
     hub_id: str | None = None
     package: str | None = None  # installed Python package that carries the weights
-    tokenizer_package: str | None = None  # and the tokenizer, where that one has none
+    tokenizer_package: str | None = None  # and the tokenizer, if that one has none
     architecture: dict[str, Any] = field(default_factory=dict)  # a transformers config
-    dropout: float | None = None  # probability, of every kind in the model; None: its own
+    dropout: float | None = None  # probability, for every kind in the model; None: the model's own
 
     def __post_init__(self) -> None:
         require_choice("model.weights", self.weights, "pretrained", "random")
@@ -53,7 +53,7 @@ class ModelConfig:
             self.weights == "pretrained" or self.path is None,
             "model.path",
             self.path,
-            "with model.weights=random nothing is read from it; leave it out, or set "
+            "model.weights=random reads nothing from it; leave it out, or set "
             "model.weights=pretrained",
         )
         require(
@@ -69,44 +69,44 @@ class ModelConfig:
 
     @property
     def title(self) -> str:
-        """The model's name; where a folder is given, that of the folder."""
+        """The model's name, or its folder's if one is given."""
         return self.name if self.path is None else Path(self.path).resolve().name
 
 
 @dataclass
 class DatasetConfig:
     name: str = MISSING
-    path: str | None = None  # folder of this data set's files; comes before everything else
+    path: str | None = None  # folder of this data set's files; takes precedence over all else
     root: str = "${oc.env:MICROADAM_DATA,data}"  # holds such a folder for each data set, by name
-    # auto: the first that has it of local (below root), hub, generated | real: likewise, but never
-    # generated | local | hub | generated
+    # auto: the first of local (below root), hub and generated that has it | real: likewise, but
+    # never generated | local | hub | generated
     source: str = "auto"
-    hub_id: str | None = MISSING  # None: on no hub
+    hub_id: str | None = MISSING  # None: not on any hub
     hub_config: str | None = None
     splits: list[str] = MISSING
     columns: dict[str, str] = MISSING  # the type of each: str | int | list | dict | image
     size: int | None = None  # rows of the hub's training split; None: not for training
-    num_held_out: int | None = None  # last rows of the training split that become a split "test"
-    num_train: int | None = None  # only the first rows of what is left
+    num_held_out: int | None = None  # last rows of the training split, used as a "test" split
+    num_train: int | None = None  # use only the first of the remaining rows
     num_classes: int | None = None  # of labelled images
 
     def __post_init__(self) -> None:
         require_choice("dataset.source", self.source, "auto", "real", "local", "hub", "generated")
         require_positive("dataset", self, "num_held_out", "num_train", "num_classes")
-        remedy = "the split test is there already: leave it out, or take dataset.num_train"
+        remedy = "there already is a test split: leave this out, or use dataset.num_train"
         is_needed = self.num_held_out is None or "test" not in self.splits
         require(is_needed, "dataset.num_held_out", self.num_held_out, remedy)
         for column, kind in self.columns.items():
             require_choice(f"dataset.columns.{column}", kind, "str", "int", "list", "dict", "image")
 
     def local_folder(self) -> Path | None:
-        """The folder that was given, or the one below ``root`` where it exists and may be used.
+        """The folder that was given, or else the one below ``root`` if it exists and may be used.
 
-        Where only real data will do, one below ``root`` that lacks a split is passed over: the hub
+        If only real data will do, a folder below ``root`` that lacks a split is skipped: the hub
         has them all.
 
         Raises:
-            ExperimentError: the folder that was given or asked for is not there.
+            ExperimentError: the folder that was given or asked for does not exist.
         """
         if self.path is not None:
             if Path(self.path).is_dir():
@@ -128,26 +128,26 @@ class DatasetConfig:
         )
 
     def _lacking(self, folder: Path) -> list[str]:
-        """Files of texts that are not in the folder; images lie in files of many names."""
+        """Text files missing from the folder; image files have no fixed names to check."""
         files = [] if "image" in self.columns.values() else [f"{s}.jsonl" for s in self.splits]
         return [file for file in files if not (folder / file).is_file()]
 
     def why_not_local(self) -> str:
-        """What keeps `local_folder` from being the one below ``root``."""
+        """Why `local_folder` is not the one below ``root``."""
         folder = Path(self.root, self.name)
         if not folder.is_dir():
             return f"there is no folder {folder}"
         return f"{folder} has no {' and no '.join(self._lacking(folder))}"
 
     def not_found(self, reason: str) -> ExperimentError:
-        """What to say where the hub is the last source that may be used, and does not have it."""
+        """The error for when the hub is the last permitted source and does not have the data."""
         looked = f"{self.why_not_local()}, and " if self.source != "hub" else ""
         tried = (
             f"({self.hub_id}) could not be fetched from the hub ({reason}): go online or set "
             "HF_HOME to a cache that has it, "
         )
         if self.hub_id is None:
-            tried = "is on no hub: "
+            tried = "is not on any hub: "
         return ExperimentError(
             f"dataset.source={self.source}: {looked}data set {self.name} {tried}give a folder with "
             "dataset.path=FOLDER, or use generated data with dataset.source=generated"
@@ -156,14 +156,14 @@ class DatasetConfig:
 
 @dataclass
 class ImageConfig:
-    """How images are cropped and resized, and how hard their labels are."""
+    """How images are cropped and resized, and how much their labels are smoothed."""
 
-    first_resolution: int = MISSING  # pixels a side in training
+    first_resolution: int = MISSING  # pixels per side in training
     last_resolution: int = MISSING
-    last_resolution_from: float = 0.8  # the share of the steps after which it comes
+    last_resolution_from: float = 0.8  # the share of steps after which it applies
     eval_resolution: int = MISSING
-    eval_crop: float = 0.875  # side of the centre square, relative to the shorter side
-    min_crop_area: float = 0.08  # of a random crop, relative to the image
+    eval_crop: float = 0.875  # the centre square's side, relative to the image's shorter side
+    min_crop_area: float = 0.08  # of a random crop, relative to the image's area
     label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
@@ -180,10 +180,10 @@ class HardwareConfig:
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "auto"  # auto | bf16 (parameters too) | bf16_amp (autocast of fp32) | fp32
     micro_batch_size: int = MISSING  # examples at a time, see RunConfig.forward_batch_size
-    activation_checkpointing: bool = False  # compute a layer's activations again when needed
-    activation_offloading: bool = False  # then keep its input in the host's memory
-    parallel: str = "ddp"  # with several processes: ddp (each has all) | fsdp2 (each has a shard)
-    memory_gib: float | None = None  # of the card, for the plan
+    activation_checkpointing: bool = False  # recompute a layer's activations when needed
+    activation_offloading: bool = False  # and keep the layer's input in host memory
+    parallel: str = "ddp"  # several processes: ddp (each has everything) | fsdp2 (each has a shard)
+    memory_gib: float | None = None  # the card's, for the plan
 
     def __post_init__(self) -> None:
         require_choice("hardware.device", self.device, "auto", "cpu", "cuda")
@@ -194,21 +194,21 @@ class HardwareConfig:
             self.activation_checkpointing or not self.activation_offloading,
             "hardware.activation_offloading",
             self.activation_offloading,
-            "what it moves are the layers' inputs that checkpointing keeps; set "
-            "hardware.activation_checkpointing=true too, or this to false",
+            "it moves the layers' inputs that checkpointing keeps; set "
+            "hardware.activation_checkpointing=true too, or set this to false",
         )
 
 
 @dataclass
 class TrainingConfig:
     epochs: float = 1.0
-    max_steps: int | None = None  # replaces epochs, unless run.py is given those alone
-    global_batch_size: int = MISSING  # examples a step
+    max_steps: int | None = None  # replaces epochs, unless run.py is given only epochs
+    global_batch_size: int = MISSING  # examples per step
     warmup_steps: int = 0
     schedule: str = "linear"  # after the warm-up: linear | cosine (both to 0) | constant
     max_grad_norm: float | None = 1.0  # global norm; None: no clipping
-    max_param_grad_norm: float | None = None  # of each parameter's gradient alone
-    # Step in the backward pass and free each gradient at once. None: where the optimizer can.
+    max_param_grad_norm: float | None = None  # of each parameter's gradient by itself
+    # Step in the backward pass and free each gradient at once. None: if the optimizer can.
     gradient_release: bool | None = False
     checkpoint_every_steps: int = 25
     save_model: bool = True  # keep the fine-tuned model in the run folder
@@ -234,7 +234,7 @@ class HarnessTaskConfig:
 
     num_fewshot: int = MISSING
     dataset: DatasetConfig = MISSING
-    overrides: dict[str, Any] = field(default_factory=dict)  # of the harness's own task file
+    overrides: dict[str, Any] = field(default_factory=dict)  # for the harness's own task file
 
     def __post_init__(self) -> None:
         require(self.num_fewshot >= 0, "num_fewshot", self.num_fewshot, "must be >= 0")
@@ -242,9 +242,9 @@ class HarnessTaskConfig:
 
 @dataclass
 class EvaluationConfig:
-    protocol: str | None = None  # the choice of the group evaluation
+    protocol: str | None = None  # the evaluation group's choice
     harness: dict[str, HarnessTaskConfig] = field(default_factory=dict)
-    limit: int | None = None  # examples of each task; None: all
+    limit: int | None = None  # examples per task; None: all
     batch_size: int = 32
     max_new_tokens: int = 256
     before_training: bool = True
@@ -264,8 +264,8 @@ class LoggerConfig:
         require_choice("logger.mode", self.mode, "online", "offline")
 
 
-# Optimizers whose state torch or MicroAdam keeps right on shards. The others quantize or factorize
-# whole parameters.
+# Optimizers whose state torch or MicroAdam handles correctly on shards. The others quantize or
+# factorize whole parameters.
 _SHARDABLE = ("microadam", "adamw", "adam", "sgd")
 
 
@@ -280,15 +280,15 @@ class RunConfig:
     training: TrainingConfig = MISSING
     evaluation: EvaluationConfig = MISSING
     logger: LoggerConfig = MISSING
-    images: ImageConfig | None = None  # of image tasks
-    learning_rates: dict[str, float] = field(default_factory=dict)  # of the preset, by optimizer
+    images: ImageConfig | None = None  # for image tasks
+    learning_rates: dict[str, float] = field(default_factory=dict)  # the preset's, by optimizer
     seed: int = 42
     results_dir: str = "results"
     dry_run: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
-        # What all generators take, NumPy's included.
+        # The range that all generators accept, NumPy's included.
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be from 0 to 4294967295")
         batch, micro = self.training.global_batch_size, self.hardware.micro_batch_size
         require(
@@ -305,7 +305,7 @@ class RunConfig:
             self._require_shardable()
 
     def _require_releasable(self) -> None:
-        """Gradient release has one backward pass a step and never all gradients at once."""
+        """Gradient release has one backward pass per step and never holds all gradients at once."""
         require(
             isinstance(self.optimizer, MicroAdamConfig),
             "optimizer",
@@ -317,7 +317,7 @@ class RunConfig:
             "training.max_grad_norm",
             self.training.max_grad_norm,
             "the global norm needs all gradients at once, which training.gradient_release=true "
-            "frees one by one; set it to null, or training.max_param_grad_norm instead",
+            "frees one by one; set it to null, or use training.max_param_grad_norm instead",
         )
         require(
             self.hardware.activation_checkpointing
@@ -326,8 +326,8 @@ class RunConfig:
             self.hardware.micro_batch_size,
             "with training.gradient_release=true the backward pass is the step, so it holds all "
             f"training.global_batch_size={self.training.global_batch_size} examples; raise it to "
-            "that, or set hardware.activation_checkpointing=true, which takes micro-batches layer "
-            "by layer",
+            "that, or set hardware.activation_checkpointing=true, which splits the batch into "
+            "micro-batches layer by layer",
         )
 
     def _require_shardable(self) -> None:
@@ -336,14 +336,14 @@ class RunConfig:
             not self.training.gradient_release,
             "training.gradient_release",
             self.training.gradient_release,
-            "a gradient is stepped before the other processes' are added; set it to false, or use "
+            "it applies a gradient before the other processes' are added; set it to false, or use "
             "one process and hardware.parallel=ddp",
         )
         require(
             self.task.name != "imagenet",
             "hardware.parallel",
             "fsdp2",
-            "the weights of ResNets lie channels-last, which it cannot shard; use ddp",
+            "ResNet weights are stored channels-last, which it cannot shard; use ddp",
         )
         require_choice("with hardware.parallel=fsdp2, optimizer", self.optimizer.name, *_SHARDABLE)
 
@@ -351,20 +351,20 @@ class RunConfig:
     def forward_batch_size(self) -> int:
         """Examples in one forward pass: a micro-batch, or the whole batch under gradient release.
 
-        Under gradient release the layers cut the batch, see `activations.enable_checkpointing`.
+        Under gradient release the layers split the batch, see `activations.enable_checkpointing`.
         """
         whole = self.training.global_batch_size
         is_released = self.training.gradient_release
         return whole if is_released else min(whole, self.hardware.micro_batch_size)
 
 
-# What may differ between two runs that are the same run: where it is kept, how it is watched.
+# What may differ without making it another run: where it is kept, how it is monitored.
 _NOT_PART_OF_THE_RUN = ("dry_run", "force", "logger", "learning_rates")
 _PLACES = ("results_dir", "root")  # at any depth
 
 
 def without_places(config: RunConfig) -> dict[str, Any]:
-    """The config as plain values, without the keys that say where data and results lie."""
+    """The config as plain values, without the keys that say where data and results are."""
 
     def without(values: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -381,7 +381,7 @@ def run_hash(config: RunConfig) -> str:
     values = without_places(config)
     for name in _NOT_PART_OF_THE_RUN:
         del values[name]
-    # Data that lies below root is other data than the hub's or generated; where root is, is not.
+    # Data below root differs from the hub's or generated data; root's location does not matter.
     values["dataset"]["is_local"] = config.dataset.local_folder() is not None
     for name, task in config.evaluation.harness.items():
         described = values["evaluation"]["harness"][name]["dataset"]
@@ -391,10 +391,10 @@ def run_hash(config: RunConfig) -> str:
 
 
 def parse(config: DictConfig) -> RunConfig:
-    """The composed config as dataclasses, every value checked.
+    """The composed config as dataclasses, with every value validated.
 
     Raises:
-        ExperimentError: a value is missing or out of its range.
+        ExperimentError: a value is missing or out of range.
     """
     try:
         run = OmegaConf.to_object(config)
@@ -403,14 +403,12 @@ def parse(config: DictConfig) -> RunConfig:
     if not isinstance(run, RunConfig):
         raise TypeError(f"expected a RunConfig, got {type(run).__name__}")
     for key in _unknown_keys(run):
-        raise ExperimentError(
-            f"{key}: there is no such key; run.py --cfg job lists those there are"
-        )
+        raise ExperimentError(f"{key}: there is no such key; run.py --cfg job lists the valid ones")
     return run
 
 
 def _unknown_keys(section: object, prefix: str = "") -> Iterator[str]:
-    """Keys that were added with ``+``: OmegaConf lets them in, and nothing would read them."""
+    """Keys that were added with ``+``: OmegaConf accepts them, but nothing reads them."""
     known = {field.name for field in dataclasses.fields(section)}  # type: ignore[arg-type]
     for name, value in vars(section).items():
         if name not in known:

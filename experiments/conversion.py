@@ -1,4 +1,4 @@
-"""Weights that come as GGUF or ONNX, as models of transformers."""
+"""Converts weights that come as GGUF or ONNX to transformers models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-_ONNX_PREFIX = "model.0.auto_model."  # of what sentence-transformers wraps
+_ONNX_PREFIX = "model.0.auto_model."  # added by sentence-transformers
 
 
 def from_gguf(file: Path) -> PreTrainedModel:
@@ -26,8 +26,8 @@ def from_gguf(file: Path) -> PreTrainedModel:
 def from_onnx(file: Path, architecture: dict[str, Any]) -> PreTrainedModel:
     """An encoder that sentence-transformers exported, float32 and without a pooler.
 
-    Its parameters have their names, but for the weights of linear layers: these are nameless, and
-    transposed. A layer's is multiplied with what its bias is then added to.
+    Parameters keep their names, except for the weights of linear layers, which are nameless and
+    transposed. Each is found as the factor of the product that the layer's bias is added to.
     """
     import onnx
 
@@ -49,5 +49,5 @@ def from_onnx(file: Path, architecture: dict[str, Any]) -> PreTrainedModel:
             parameters[weight] = constants[factors[product]].T.contiguous()
     config = transformers.AutoConfig.for_model(**architecture)
     model = AutoModel.from_config(config, dtype=torch.float32, add_pooling_layer=False)
-    model.load_state_dict(parameters)  # raises where one is missing or of another shape
+    model.load_state_dict(parameters)  # raises if one is missing or has another shape
     return model

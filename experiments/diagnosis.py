@@ -1,4 +1,4 @@
-"""Where a gradient stopped being finite, told before the optimizer spreads it."""
+"""Reports where a gradient is not finite, before the optimizer spreads it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NUM_NAMED = 5
 def of_gradients(model: torch.nn.Module) -> str:
     """Which parameters or their gradients are not finite, and the largest gradient norms.
 
-    Of a gradient that is not finite, the norm of its finite elements. Call it on all ranks.
+    The norm of a non-finite gradient is that of its finite elements. Call it on all ranks.
     """
     params, facts = {}, []
     for name, p in model.named_parameters():
@@ -47,7 +47,7 @@ def of_gradients(model: torch.nn.Module) -> str:
 
 
 def _counts(bad: dict[str, float], params: dict[str, torch.nn.Parameter]) -> list[str]:
-    """The first few with any, as ``name (12 of 4096)``."""
+    """The first few names with a nonzero count, as ``name (12 of 4096)``."""
     named = [f"{name} ({int(n)} of {params[name].numel()})" for name, n in bad.items() if n]
     rest = len(named) - _NUM_NAMED
     return (named[:_NUM_NAMED] + ([f"{rest} more"] if rest > 0 else [])) or ["none"]

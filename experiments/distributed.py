@@ -1,7 +1,7 @@
-"""One run in several processes: who is who, what they tell each other, and DDP or FSDP2.
+"""One run in several processes: who is who, how they communicate, and DDP or FSDP2.
 
-torchrun starts the processes and names them in RANK, LOCAL_RANK and WORLD_SIZE; srun can, too.
-Without these there is one process, and everything here does nothing. Rank 0 alone prints,
+torchrun starts the processes and identifies them through RANK, LOCAL_RANK and WORLD_SIZE; srun can
+do so too. Without these there is one process, and everything here does nothing. Only rank 0 prints,
 evaluates and writes the run's folder; all ranks take part in sharded checkpoints.
 """
 
@@ -33,12 +33,12 @@ from experiments.hardware import Hardware
 from experiments.tasks import Task
 from microadam.distributed import is_sharded
 
-# The other ranks wait this long for rank 0 to evaluate. A rank that dies ends the wait at once.
+# How long the other ranks wait for rank 0 to evaluate. A rank that dies ends the wait at once.
 _PATIENCE = timedelta(days=7)
 
 T = TypeVar("T")
 
-_patient: dist.ProcessGroup | None = None  # for what may take long, and for numbers on the CPU
+_patient: dist.ProcessGroup | None = None  # for slow operations, and for numbers on the CPU
 
 
 def rank() -> int:
@@ -51,7 +51,7 @@ def world_size() -> int:
 
 @contextmanager
 def started(config: RunConfig, hardware: Hardware) -> Iterator[None]:
-    """Connects the processes while the block runs; only rank 0 prints in it.
+    """Connects the processes while the block runs; only rank 0 prints within it.
 
     Raises:
         ExperimentError: there are several, and the optimizer would step in the backward pass.
@@ -60,7 +60,7 @@ def started(config: RunConfig, hardware: Hardware) -> Iterator[None]:
         not config.training.gradient_release or world_size() == 1,
         "training.gradient_release",
         config.training.gradient_release,
-        "a gradient is stepped before the other processes' are added; set it to false, or use one "
+        "it applies a gradient before the other processes' are added; set it to false, or use one "
         "process",
     )
     if world_size() == 1 and config.hardware.parallel != "fsdp2":
@@ -76,7 +76,7 @@ def started(config: RunConfig, hardware: Hardware) -> Iterator[None]:
     global _patient
     _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
     try:
-        # Not None, on which a library's sys.stdout.write would fail.
+        # Not None: a library's sys.stdout.write would fail.
         with (
             Path(os.devnull).open("w") as nowhere,
             redirect_stdout(sys.stdout if rank() == 0 else nowhere),
@@ -96,10 +96,10 @@ def started(config: RunConfig, hardware: Hardware) -> Iterator[None]:
 
 
 def _is_first_failure(store: Store) -> bool:
-    """Whether this rank may say why it fails: the others fail only because that one is gone."""
+    """Whether this rank should report its failure: later ones fail only because this one did."""
     try:
         return store.add("failures", 1) == 1
-    except dist.DistError:  # rank 0 had the store, and has failed
+    except dist.DistError:  # rank 0 held the store, and has failed
         return False
 
 
@@ -108,18 +108,18 @@ def is_distributed() -> bool:
 
 
 def patient_group() -> dist.ProcessGroup | None:
-    """The ranks, connected through their CPUs, for what may take long."""
+    """All ranks, connected through their CPUs, for slow operations."""
     return _patient
 
 
 def barrier() -> None:
-    """Waits, for hours if need be, until every rank is here."""
+    """Waits, for hours if need be, until every rank gets here."""
     if is_distributed():
         dist.barrier(group=_patient)
 
 
 def from_rank_0(function: Callable[[], T]) -> T:
-    """Calls it on rank 0 alone; every rank returns the result."""
+    """Calls it on rank 0 only; every rank returns the result."""
     if not is_distributed():
         return function()
     result = [function() if rank() == 0 else None]
@@ -128,7 +128,7 @@ def from_rank_0(function: Callable[[], T]) -> T:
 
 
 def from_all(value: T) -> list[T]:
-    """Every rank's value, on every rank."""
+    """Returns every rank's value on every rank."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -157,9 +157,9 @@ class LossSum(Module):
 
 
 class Parallel:
-    """A task whose model all processes train, each on its share of every batch.
+    """A task whose model is trained by all processes, each on its share of every batch.
 
-    Create it before the optimizer: FSDP2 replaces the parameters of ``task.model`` by DTensors.
+    Create it before the optimizer: FSDP2 replaces the parameters of ``task.model`` with DTensors.
     """
 
     def __init__(self, task: Task, config: RunConfig, hardware: Hardware) -> None:
@@ -177,16 +177,16 @@ class Parallel:
     def micro_step(self, is_last: bool) -> AbstractContextManager[None]:
         """Around the forward and backward pass of each micro-batch of a step."""
         if isinstance(self.loss_sum, DistributedDataParallel) and not is_last:
-            return self.loss_sum.no_sync()  # the last one sums up all
+            return self.loss_sum.no_sync()  # the last one reduces the sum of all
         return nullcontext()
 
     def whole_bytes(self, num_bytes: int) -> int:
-        """Bytes of the whole of what each rank has a shard of; under DDP each has the whole."""
+        """Total bytes of what each rank has a shard of; under DDP each rank has all of it."""
         return int(summed(num_bytes)[0]) if self._is_fsdp2 else num_bytes
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
-        """On rank 0 ``task.model`` is a plain model with all weights while the block runs."""
+        """Makes ``task.model`` a plain model with all weights on rank 0 while the block runs."""
         if not self._is_fsdp2:
             yield
             return
@@ -205,7 +205,7 @@ class Parallel:
 
 
 def _shard(module: LossSum, hardware: Hardware) -> None:
-    """FSDP2: each layer's weights are gathered for its own forward and backward pass alone."""
+    """FSDP2: gathers each layer's weights only for its own forward and backward pass."""
     mesh = init_device_mesh(hardware.device.type, (world_size(),))
 
     precision = MixedPrecisionPolicy(

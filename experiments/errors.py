@@ -1,13 +1,13 @@
-"""The one exception whose message is meant for the person at the keyboard; checks raise it."""
+"""The one exception whose message is meant for the user, and the checks that raise it."""
 
 import math
 import sys
 
 
 class ExperimentError(Exception):
-    """Something the user can mend: the message names what, its value and the remedy.
+    """Something the user can fix: the message names the cause, its value and the remedy.
 
-    ``run.py`` prints the message alone, without a traceback, and exits with 2.
+    ``run.py`` prints only the message, without a traceback, and exits with 2.
     """
 
 
@@ -16,10 +16,10 @@ def reason(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def how_to_go_on() -> str:
-    """For who has interrupted run.py."""
+def resume_hint() -> str:
+    """How to resume an interrupted run.py."""
     without = " without force=true" if "force=true" in sys.argv else ""
-    return f"the same command{without} goes on"
+    return f"run the same command again{without} to resume"
 
 
 def require(is_valid: bool, name: str, value: object, remedy: str) -> None:

@@ -28,15 +28,15 @@ _FOLDERS = {
     "mmlu": "mmlu/default",
     "winogrande": "winogrande",
 }
-_FEWSHOT_SEED = 1234  # which the harness takes where none is given; chooses the examples
+_FEWSHOT_SEED = 1234  # the harness's default; selects the few-shot examples
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
 def shipped_tasks(name: str) -> dict[str, Any]:
-    """What the harness ships in the folder of task ``name``: its index, by task and group.
+    """The index, by task and group, of what the harness ships in the folder of task ``name``.
 
     Raises:
-        ExperimentError: this project knows no such task.
+        ExperimentError: this project does not know the task.
     """
     if name not in _FOLDERS:
         raise ExperimentError(f"evaluation.harness.{name}: known tasks are {', '.join(_FOLDERS)}")
@@ -46,22 +46,22 @@ def shipped_tasks(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Task:
-    """One task of the harness with the rows it reads in place of the hub's."""
+    """A harness task, with the rows that it reads instead of the hub's."""
 
     name: str
     shipped: Path  # the harness's own YAML file
-    splits: dict[str, str | None]  # the split for each of _SPLITS, None where it is not needed
+    splits: dict[str, str | None]  # the split for each of _SPLITS, None if not needed
     rows: dict[str, list[text.Row]]
     overrides: dict[str, Any]
-    generates: bool  # answers, rather than choosing among those that are given
+    generates: bool  # writes its answers, rather than choosing among given ones
 
     @property
     def num_rows(self) -> int:
-        """Rows of the split that is evaluated."""
+        """Number of rows in the evaluated split."""
         return len(self.rows[str(self.splits["test_split"] or self.splits["validation_split"])])
 
     def write(self, folder: Path) -> None:
-        """Writes rows and a task file that includes the harness's own and reads those rows."""
+        """Writes the rows, and a task file that extends the harness's own to read them."""
         data_files = {}
         for split, rows in self.rows.items():
             data_files[split] = str(folder / f"{self.name}-{split}.parquet")
@@ -79,10 +79,10 @@ class _Task:
 
 
 class Harness:
-    """The tasks of the harness that a run is evaluated on, their data read and checked."""
+    """The harness tasks that a run is evaluated on, with their data read and checked."""
 
     def __init__(self, config: EvaluationConfig) -> None:
-        """Reads all data, so that what is missing is said before the training.
+        """Reads all data, so that anything missing is reported before training.
 
         Raises:
             ExperimentError: an unknown task, or data that is missing or broken.
@@ -94,10 +94,10 @@ class Harness:
             self._sources[name], self._tasks[name] = _load(name, task_config)
 
     def check(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuses a model that `evaluate` could not evaluate, so that no training is in vain.
+        """Rejects a model that `evaluate` could not evaluate, before training is wasted on it.
 
         Raises:
-            ExperimentError: answers may be longer than the model has room for.
+            ExperimentError: answers may exceed the model's context.
         """
         if any(task.generates for tasks in self._tasks.values() for task in tasks):
             room = self._language_model(model, tokenizer).max_length
@@ -105,7 +105,7 @@ class Harness:
                 self._config.max_new_tokens < room,
                 "evaluation.max_new_tokens",
                 self._config.max_new_tokens,
-                f"the model has room for {room} tokens, the prompt's included",
+                f"the model has room for {room} tokens, including the prompt's",
             )
 
     def _language_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> HFLM:
@@ -115,17 +115,16 @@ class Harness:
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, Any]:
-        """The harness's metrics of every task; leaves the model in evaluation mode.
+        """The harness's metrics for every task; leaves the model in evaluation mode.
 
         Returns:
-            By ``<task>/<metric>,<filter>``, as ``arc_challenge/acc_norm,none``: scores and, where
-            there are two samples at least, standard errors; and of every task ``num_samples``,
-            ``num_fewshot``, ``num_tasks`` (of a group, else 1), ``data_source`` and ``harness``
-            (versions).
+            Scores and, given at least two samples, standard errors, by
+            ``<task>/<metric>,<filter>`` such as ``arc_challenge/acc_norm,none``; and for every
+            task ``num_samples``, ``num_fewshot``, ``num_tasks`` (of a group, else 1),
+            ``data_source`` and ``harness`` (versions).
 
         Raises:
-            RuntimeError: the harness evaluated other tasks or another number of examples than was
-                asked for.
+            RuntimeError: the harness evaluated tasks or a number of examples other than requested.
         """
         if not self._tasks:
             return {}
@@ -144,7 +143,7 @@ class Harness:
                 if task.OUTPUT_TYPE == "generate_until":
                     limit = {"max_gen_toks": self._config.max_new_tokens}
                     task.set_config("generation_kwargs", limit, update=True)
-            # Not simple_evaluate: it also seeds every generator and asks git about this folder.
+            # Not simple_evaluate, which also seeds every generator and runs git in this folder.
             results = lm_eval.evaluate(
                 lm,
                 loaded,
@@ -157,7 +156,7 @@ class Harness:
         return metrics
 
     def _write_group(self, name: str, folder: Path) -> None:
-        """A group of those members that have rows, with the harness's own way to average them."""
+        """Writes a group of the members that have rows, averaged in the harness's own way."""
         shipped = shipped_tasks(name)[name].cfg
         group = {
             "group": name,
@@ -178,7 +177,7 @@ class Harness:
                     f"of {num_wanted}"
                 )
             num_samples += num_wanted
-        # The standard error of a single sample is "N/A": it is left out.
+        # The standard error of a single sample is "N/A"; leave it out.
         scores = {
             key: float(value)
             for key, value in results["results"][name].items()
@@ -195,7 +194,7 @@ class Harness:
 
 
 def _load(name: str, config: HarnessTaskConfig) -> tuple[str, list[_Task]]:
-    """Where the data of a task came from, and the task; of a group, its members with rows."""
+    """The source of a task's data, and the task itself or, for a group, its members with rows."""
     shipped = shipped_tasks(name)
     is_group = "group" in shipped[name].cfg
     members = (
@@ -237,7 +236,7 @@ def _load(name: str, config: HarnessTaskConfig) -> tuple[str, list[_Task]]:
 
 
 def _fewshot_split(name: str, description: Mapping[str, Any], config: HarnessTaskConfig) -> str:
-    """The split that the harness takes examples from.
+    """The split that the harness takes few-shot examples from.
 
     Raises:
         ExperimentError: the local folder has no such split.
@@ -247,6 +246,6 @@ def _fewshot_split(name: str, description: Mapping[str, Any], config: HarnessTas
     if folder is not None and not (folder / f"{split}.jsonl").is_file():
         raise ExperimentError(
             f"evaluation.harness.{name}.num_fewshot={config.num_fewshot}: its examples come from "
-            f"{folder / split}.jsonl, which is not there; add it, or set num_fewshot to 0"
+            f"{folder / split}.jsonl, which does not exist; add it, or set num_fewshot to 0"
         )
     return str(split)

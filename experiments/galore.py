@@ -1,10 +1,10 @@
-"""GaLore: AdamW whose moments of large matrices live in a low-rank subspace of the gradient.
+"""GaLore: AdamW whose moments for large matrices live in a low-rank subspace of the gradient.
 
 After Algorithm 2 of "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection" (Zhao
 et al. 2024, arXiv:2403.03507). The authors' package galore-torch 1.0 is not used: it keeps its
-projector as an object in the state, so that a checkpoint needs pickle and does not load with
-``weights_only=True``; it runs a closure without gradients; and its 8-bit variant leaves small
-matrices where they are, without a word.
+projector as an object in the state, so a checkpoint needs pickle and does not load with
+``weights_only=True``; it runs a closure without gradients; and its 8-bit variant silently leaves
+small matrices unchanged.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from experiments.parameterwise import ParameterwiseOptimizer
 def low_rank_parameters(model: nn.Module, rank: int) -> list[Tensor]:
     """The matrices that GaLore projects: weights of linear layers with both sides above ``rank``.
 
-    Embeddings and the head of a language model (its output embedding, tied or not) stay out, as in
-    the authors' experiments; a smaller matrix would take more state with a projection than without.
+    Embeddings and the head of a language model (its output embedding, tied or not) are excluded,
+    as in the authors' experiments; so are smaller matrices, whose state a projection would enlarge.
     """
     output_embeddings = getattr(model, "get_output_embeddings", lambda: None)()
     left_out = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    weights = {  # a dict, so that a weight which two layers share is there once
+    weights = {  # a dict, so that a weight shared by two layers appears once
         m.weight: None
         for m in model.modules()
         if isinstance(m, nn.Linear) and m is not output_embeddings
@@ -38,10 +38,10 @@ class GaLoreAdamW(ParameterwiseOptimizer):
     """AdamW; a group with a ``rank`` holds matrices whose gradients are projected to that rank.
 
     A matrix of m x n, m <= n (else its transpose), has the state ``projection`` (m, rank) and
-    ``exp_avg``, ``exp_avg_sq`` (rank, n); any other parameter the two moments of its own shape. All
-    have the parameter's dtype; a step is computed in float32. With beta1, beta2 as in Adam:
+    ``exp_avg``, ``exp_avg_sq`` (rank, n); any other parameter has the two moments in its own shape.
+    All have the parameter's dtype; a step is computed in float32. With beta1, beta2 as in Adam:
 
-        P = the first `rank` left singular vectors of G, anew every `update_gap` steps
+        P = the first `rank` left singular vectors of G, recomputed every `update_gap` steps
         R = P^T G
         M, V = moments of R, with bias correction
         W = W - lr * scale * P M / (sqrt(V) + eps)
@@ -52,9 +52,9 @@ class GaLoreAdamW(ParameterwiseOptimizer):
         betas: decay rates of the two moments.
         eps: added to the denominator.
         weight_decay: decoupled weight decay, ``p *= 1 - lr * weight_decay``.
-        rank: of the projection; None: plain AdamW.
+        rank: rank of the projection; None: plain AdamW.
         update_gap: steps between two singular value decompositions (paper: T).
-        scale: factor of the projected update (paper: alpha).
+        scale: factor applied to the projected update (paper: alpha).
     """
 
     def __init__(
@@ -92,7 +92,7 @@ def _galore(grad: Tensor, state: dict[str, Any], dtype: torch.dtype, group: dict
     is_tall = grad.shape[0] > grad.shape[1]
     wide = grad.T if is_tall else grad
     if state.get("step", 0) % group["update_gap"] == 0:
-        # Of a gradient that is not finite it would raise; the moments pass that on instead.
+        # SVD raises on a non-finite gradient; let the moments carry the non-finite values instead.
         left, _, _ = torch.linalg.svd(wide.nan_to_num(0.0, 0.0, 0.0), full_matrices=False)
         state["projection"] = left[:, : group["rank"]].to(dtype, copy=True)
     projection = state["projection"].float()
@@ -101,7 +101,7 @@ def _galore(grad: Tensor, state: dict[str, Any], dtype: torch.dtype, group: dict
 
 
 def _adam(grad: Tensor, state: dict[str, Any], dtype: torch.dtype, group: dict) -> Tensor:
-    """Adam's step for ``grad``, in float32; moves the moments on, which are kept in ``dtype``."""
+    """Adam's step for ``grad``, in float32; updates the moments, which are kept in ``dtype``."""
     if "step" not in state:
         state["step"] = 0
         state["exp_avg"] = torch.zeros_like(grad, dtype=dtype)

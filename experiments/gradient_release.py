@@ -1,4 +1,4 @@
-"""Gradient release in the training loop: the hooks measure what the plain step measures apart."""
+"""Gradient release in the training loop; hooks measure what the plain step measures directly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from microadam import MicroAdam, enable_gradient_release
 
 
 class ReleasedStep:
-    """From now on every backward pass steps ``model``; `finish` ends the step."""
+    """Once created, every backward pass steps ``model``; `finish` ends the step."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class ReleasedStep:
         self._norms: list[Tensor] = []
         self._spans: list[tuple[Any, Any]] = []
         self._started: Any = None
-        # Hooks run in the order they were registered: the release stands between the two clocks.
+        # Hooks run in the order they were registered: the release comes between the two clocks.
         params = [p for p in model.parameters() if p.requires_grad]
         for p in params:
             p.register_post_accumulate_grad_hook(self._before)
@@ -45,7 +45,7 @@ class ReleasedStep:
         self._spans.append((self._started, self._now()))
 
     def _now(self) -> Any:
-        """Seconds; on a GPU, which works behind the Python code, an event that will tell them."""
+        """Seconds; on a GPU, which runs asynchronously, an event that will hold the time."""
         if self._hardware.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -1,4 +1,4 @@
-"""What the run computes on: device, precision, and what to call the machine in a record."""
+"""What a run computes on: device, precision, and how a record describes the machine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _KEPT_BYTES = 2**30
 @dataclass(frozen=True)
 class Hardware:
     device: torch.device
-    precision: str  # bf16: parameters in bfloat16 | bf16_amp: float32 ones, autocast | fp32
+    precision: str  # bf16: bfloat16 parameters | bf16_amp: float32 ones, autocast | fp32
 
     @property
     def param_dtype(self) -> torch.dtype:
@@ -38,13 +38,13 @@ class Hardware:
         return nullcontext()
 
     def synchronize(self) -> None:
-        """Waits for the device, so that a clock read next to it is right."""
+        """Waits for the device, so that a clock read next is accurate."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def forget_peak(self) -> bool:
-        """Begins a new peak, and says whether it could: macOS and some containers do not let a
-        process forget its own."""
+        """Resets the peak and returns whether it could: macOS and some containers do not let a
+        process reset its own."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return True
@@ -57,7 +57,7 @@ class Hardware:
     def peak_bytes(self) -> int:
         """Most memory held since `forget_peak`: allocated on the GPU, or resident in this process.
 
-        Where `forget_peak` could not begin a new one, since the process began.
+        Since the process began if `forget_peak` could not reset it.
         """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
@@ -68,7 +68,7 @@ class Hardware:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def describe(self) -> dict[str, object]:
-        """For the record: names and counts of what computed."""
+        """The names and counts of the hardware, for the record."""
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {
             "device": self.device.type,
@@ -88,7 +88,7 @@ def resolve_precision(config: HardwareConfig) -> str:
 
 
 def param_dtype(precision: str) -> torch.dtype:
-    """Of the parameters, and of what goes into the model, in a precision that is resolved."""
+    """The dtype of the parameters and the model's inputs; ``precision`` must be resolved."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -96,7 +96,7 @@ def resolve(config: HardwareConfig) -> Hardware:
     """Turns ``auto`` into what this machine has.
 
     Raises:
-        ExperimentError: a GPU is asked for and there is none.
+        ExperimentError: a GPU is requested and there is none.
     """
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
@@ -115,8 +115,8 @@ def resolve(config: HardwareConfig) -> Hardware:
 def _keep_freed_memory() -> None:
     """Has glibc reuse large blocks, such as an embedding's gradient, from one step to the next.
 
-    It would return each to the system and have the next one's pages made anew: 8% of a training
-    step of MiniLM-L6 and 16% of MiniLM-L3, on one core.
+    Otherwise it returns each to the system and the next needs fresh pages: 8% of a training step
+    of MiniLM-L6 and 16% of MiniLM-L3, on one core.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, and where this project keeps what it prepares."""
+"""Whether the Hugging Face hub is reachable, and where this project caches prepared files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _CONNECT_TIMEOUT_S = 3.0
 
 
 def go_offline_if_unreachable() -> None:
-    """Tells the hub libraries to use only their caches where no connection can be made.
+    """Makes the hub libraries use only their caches if no connection can be made.
 
-    Without it every look-up retries for up to half a minute. Call it before they are imported: they
-    read the variable once. A proxy is left to them.
+    Otherwise every look-up retries for up to half a minute. Call it before they are imported, as
+    they read the variable once. With a proxy, nothing is checked: that is left to them.
     """
     if "HF_HUB_OFFLINE" in os.environ or getproxies().keys() & {"https", "all"}:
         return
@@ -36,9 +36,9 @@ def load_dataset(name: str, config: str | None, **options: Any) -> Any:
     """`datasets.load_dataset`.
 
     Raises:
-        OSError: it cannot be had; also where ``datasets`` raises another error, as it does where it
-            cannot prepare the files, and offline with only another config of the data set in its
-            cache.
+        OSError: the data set is not available; also replaces the other errors that ``datasets``
+            raises, such as when it cannot prepare the files, or is offline with only another
+            config of the data set in its cache.
     """
     import datasets
 
@@ -49,7 +49,7 @@ def load_dataset(name: str, config: str | None, **options: Any) -> Any:
 
 
 def data_revision(rows: datasets.Dataset) -> str | None:
-    """The commit of the hub's data set that rows of `load_dataset` are from; None: unknown.
+    """The hub commit that rows from `load_dataset` belong to; None: unknown.
 
     ``datasets`` names the folder in its cache after it.
     """

@@ -1,8 +1,8 @@
-"""Ctrl-C; and SIGTERM and SIGUSR1, which a cluster sends before it takes the machine away.
+"""Ctrl-C, and the SIGTERM and SIGUSR1 that a cluster sends before it takes the machine away.
 
-While a run trains they wait for the end of the step, and a checkpoint is written; a second Ctrl-C
-does not wait. Elsewhere nothing is lost, so they end the process at once. After the cluster's
-signals it exits with `EXIT_CODE`, which a batch script takes as "queue me again".
+During training they take effect after the current step, once a checkpoint is written; a second
+Ctrl-C does not wait. At other times nothing would be lost, so they end the process at once. After
+the cluster's signals it exits with `EXIT_CODE`, which a batch script reads as "queue me again".
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from types import FrameType
 from tqdm import tqdm
 
 from experiments import distributed
-from experiments.errors import how_to_go_on
+from experiments.errors import resume_hint
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_CODE = 75  # EX_TEMPFAIL in sysexits.h
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
-    """Whether one of the signals has come."""
+    """Whether one of the signals has arrived."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -41,12 +41,12 @@ class Interruption:
         if number == signal.SIGINT:
             if not is_first:
                 raise KeyboardInterrupt
-            # Not print, which may be what was interrupted.
+            # Not print, which may itself have been interrupted.
             os.write(2, b"\nwriting a checkpoint after this step; Ctrl-C again stops at once\n")
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """A signal that comes while the block runs only sets `signal_name`."""
+        """While the block runs, a signal only sets `signal_name`."""
         self._waits = True
         try:
             yield
@@ -64,7 +64,7 @@ class Interruption:
             raise KeyboardInterrupt
         if distributed.rank() == 0:
             name = self.signal_name or "a signal to another process"
-            tqdm.write(f"stopped by {name}: {what_was_kept}; {how_to_go_on()}", sys.stderr)
+            tqdm.write(f"stopped by {name}: {what_was_kept}; {resume_hint()}", sys.stderr)
         raise SystemExit(EXIT_CODE)
 
 
@@ -74,7 +74,7 @@ def handled() -> Iterator[Interruption]:
     interruption = Interruption()
     previous = {number: signal.getsignal(number) for number in _SIGNALS}
     for number, handler in previous.items():
-        if handler != signal.SIG_IGN:  # as in the background of a shell script, against Ctrl-C
+        if handler != signal.SIG_IGN:  # a shell script sets this for Ctrl-C in its background jobs
             signal.signal(number, interruption._on_signal)
     try:
         yield interruption

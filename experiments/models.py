@@ -30,8 +30,8 @@ from experiments import hub, pretrained
 from experiments.config import ModelConfig
 from experiments.errors import ExperimentError, reason, require
 
-# What a task wants a model to do, and the types of models that do. A type that also fills in masked
-# tokens reads a text both ways, and so sees the token that it is to predict.
+# What a task needs a model to do, and the model types that can. A type that also fills in masked
+# tokens reads text in both directions, and so would see the token that it is to predict.
 _ABILITIES: dict[Any, tuple[str, set[str]]] = {
     AutoModelForCausalLM: (
         "continues texts, such as smollm2_135m or tiny_llama",
@@ -49,11 +49,11 @@ class LoadedModel:
     model: PreTrainedModel  # float32, on the CPU
     tokenizer: PreTrainedTokenizerBase
     source: str  # random, or where the weights came from
-    revision: str | None  # the hub's commit, where it is known
+    revision: str | None  # the hub's commit, if known
 
 
 def quieten_transformers() -> None:
-    """No reports and bars of loading weights; but bars of downloads, which can take hours."""
+    """Silences reports and bars of loading weights; downloads, which can be long, keep bars."""
     shows_downloads = not are_progress_bars_disabled()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -65,16 +65,16 @@ def load_causal_lm(config: ModelConfig) -> LoadedModel:
     """The model with its tokenizer.
 
     Random weights are drawn from torch's generator, which the caller seeds; they come with a
-    tokenizer over bytes, so that nothing needs to be downloaded.
+    byte tokenizer, so nothing needs to be downloaded.
 
     Raises:
-        ExperimentError: the weights are not to be had; says how they can be.
+        ExperimentError: the weights are not available; the message says how to get them.
     """
     return _load(config, AutoModelForCausalLM)
 
 
 def load_classifier(config: ModelConfig, labels: Sequence[str]) -> LoadedModel:
-    """As `load_causal_lm`, with a new head that gives each text a score for every label.
+    """Like `load_causal_lm`, with a new head that gives each text a score for every label.
 
     The head is drawn from torch's generator too, unless the weights are those of a classifier.
     """
@@ -82,20 +82,20 @@ def load_classifier(config: ModelConfig, labels: Sequence[str]) -> LoadedModel:
 
 
 def meta_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The architecture alone, its parameters without memory, for planning."""
+    """Only the architecture, its parameters without memory, for planning."""
     return _on_meta(config, AutoModelForCausalLM, dtype)
 
 
 def meta_classifier(
     config: ModelConfig, labels: Sequence[str], dtype: torch.dtype
 ) -> PreTrainedModel:
-    """As `meta_causal_lm`, with a head for these labels."""
-    settings = {"pad_token_id": 0, **_label_settings(labels)}  # a causal one needs any
+    """Like `meta_causal_lm`, with a head for these labels."""
+    settings = {"pad_token_id": 0, **_label_settings(labels)}  # a causal model needs one, whichever
     return _on_meta(config, AutoModelForSequenceClassification, dtype, **settings)
 
 
 def _label_settings(labels: Sequence[str]) -> dict[str, Any]:
-    """What a transformers config says of labels; their number follows from it."""
+    """The label settings of a transformers config, which imply the number of labels."""
     return {
         "id2label": dict(enumerate(labels)),
         "label2id": {label: index for index, label in enumerate(labels)},
@@ -107,7 +107,7 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
     if config.weights == "random":
         _require_ability(config, config.architecture.get("model_type"), model_class)
         tokenizer = byte_tokenizer(config.architecture["vocab_size"])
-        # Before the model is made: the row of the padding is left out of its embeddings.
+        # Set before the model is made: its embeddings leave out the padding row.
         settings["pad_token_id"] = tokenizer.pad_token_id
         model = model_class.from_config(_architecture(config, settings), dtype=torch.float32)
         return LoadedModel(model, tokenizer, "random", None)
@@ -118,7 +118,9 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
         tokenizer = AutoTokenizer.from_pretrained(location)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id  # ends a text for a causal classifier
+    model.config.pad_token_id = (
+        tokenizer.pad_token_id
+    )  # tells a causal classifier where a text ends
     is_from_hub = config.path is None and config.package is None
     return LoadedModel(
         model, tokenizer, source, hub.model_revision(location) if is_from_hub else None
@@ -127,10 +129,10 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
 
 @contextmanager
 def _loading(config: ModelConfig, location: str) -> Iterator[None]:
-    """Turns what transformers says of files that are missing or broken into a sentence."""
+    """Turns transformers' errors about missing or broken files into a readable message."""
     try:
         yield
-    except (OSError, ValueError) as error:  # ValueError: of a type or tokenizer that is unknown
+    except (OSError, ValueError) as error:  # ValueError: an unknown model type or tokenizer
         raise ExperimentError(
             f"model {config.title} could not be loaded from {location} "
             f"({reason(error)}): go online with access to it, give a folder with "
@@ -141,7 +143,7 @@ def _loading(config: ModelConfig, location: str) -> Iterator[None]:
 def _saved_config(
     config: ModelConfig, location: str, model_class: Any, settings: dict[str, Any]
 ) -> transformers.PretrainedConfig:
-    """The transformers config that lies with the weights."""
+    """The transformers config saved with the weights."""
     own = transformers.AutoConfig.from_pretrained(location, **settings)
     _require_ability(config, own.model_type, model_class)
     return _with_dropout(own, config.dropout)
@@ -149,7 +151,7 @@ def _saved_config(
 
 def _require_ability(config: ModelConfig, model_type: str | None, model_class: Any) -> None:
     ability, model_types = _ABILITIES[model_class]
-    kind = "it is no language model" if model_type is None else f"its type is {model_type}"
+    kind = "it is not a language model" if model_type is None else f"its type is {model_type}"
     require(
         model_type in model_types,
         "model" if config.path is None else "model.path",
@@ -181,7 +183,7 @@ def _flash_attention_shapes(
     attention_mask: torch.Tensor | None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Fused attention on the meta device, where torch would fall back to one that stores scores."""
+    """Fused attention on the meta device, where torch would fall back to storing the scores."""
     num_groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(num_groups, dim=1) for t in (key, value))
     attended = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0]
@@ -191,7 +193,7 @@ def _flash_attention_shapes(
 def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
     """A tokenizer whose tokens are the 256 bytes and <s>, </s>, <pad>.
 
-    One text is its bytes; of a pair of texts it makes ``<s> first </s> second </s>``.
+    A single text becomes its bytes; a pair becomes ``<s> first </s> second </s>``.
 
     Raises:
         ExperimentError: the model's vocabulary is smaller than these 259 tokens.
@@ -201,8 +203,8 @@ def byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
     vocabulary = {token: index for index, token in enumerate(special + alphabet)}
     if vocab_size < len(vocabulary):
         raise ExperimentError(
-            f"model.architecture.vocab_size={vocab_size}: random weights come with a tokenizer "
-            f"over bytes that needs at least {len(vocabulary)}"
+            f"model.architecture.vocab_size={vocab_size}: random weights come with a byte "
+            f"tokenizer that needs at least {len(vocabulary)}"
         )
     tokenizer = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -235,9 +237,9 @@ def _with_dropout(
 
 
 def _is_dropout(name: str, value: object) -> bool:
-    """Whether a transformers config has a probability of dropout there, such as GPT-2's attn_pdrop.
+    """Whether this entry of a transformers config is a dropout probability, as GPT-2's attn_pdrop.
 
-    Without a value it is that of another name; ESM's ``token_dropout`` is true or false.
+    Without a value it defers to another entry; ESM's ``token_dropout`` is true or false.
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and ("dropout" in name or name.endswith("_pdrop"))

@@ -1,8 +1,8 @@
-"""Every optimizer: its hyperparameters, how it is built, and what its state will take.
+"""Every optimizer: its hyperparameters, how it is built, and how much its state takes.
 
-A new one is a dataclass here, a line in `OPTIMIZERS`, and a file in configs/optimizer/, which also
+A new one needs a dataclass here, a line in `OPTIMIZERS`, and a file in configs/optimizer/ that also
 says where its defaults come from. Torch and the optimizers' packages are imported inside the
-methods: experiments/config.py reads this file, and `python run.py --cfg job` must answer at once.
+methods: experiments/config.py imports this file, and `python run.py --cfg job` must be instant.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class UnavailableError(ExperimentError):
 
 @dataclass
 class OptimizerConfig:
-    """What every optimizer has; the subclasses add their own hyperparameters."""
+    """What all optimizers share; subclasses add their own hyperparameters."""
 
     name: str = MISSING  # as in OPTIMIZERS
     lr: float = MISSING
@@ -47,11 +47,11 @@ class OptimizerConfig:
         raise NotImplementedError
 
     def state_bytes(self, model: Module) -> int:
-        """Bytes of state after the first step, from shapes and dtypes alone."""
+        """Bytes of state after the first step, computed from shapes and dtypes alone."""
         raise NotImplementedError
 
     def groups(self, model: Module) -> list[dict[str, Any]]:
-        """Weight decay is for matrices and larger; biases and norms get none."""
+        """Parameter groups: weight decay applies to matrices and up, not to biases and norms."""
         params = _trainable(model)
         groups: list[dict[str, Any]] = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": self.weight_decay},
@@ -130,8 +130,8 @@ class Adam8bitConfig(AdamWConfig):
     def state_bytes(self, model: Module) -> int:
         sizes = [p.numel() for p in _trainable(model)]
         in_8_bits = [size for size in sizes if size >= 4096]
-        # Two moments: codes with a float32 scale for each 256, else float32. Two maps of 256
-        # float32, from code to value, are shared by all.
+        # Two moments: codes with a float32 scale for every 256, else float32. All share two maps
+        # from code to value, of 256 float32 each.
         codes = sum(2 * size + 8 * math.ceil(size / 256) for size in in_8_bits)
         return codes + 8 * (sum(sizes) - sum(in_8_bits)) + (2048 if in_8_bits else 0)
 
@@ -159,7 +159,7 @@ class FlashAdamWConfig(AdamWConfig):
         flashoptim = _import(self.name, "flashoptim", "flashoptim")
         if not torch.cuda.is_available():
             raise UnavailableError(f"optimizer={self.name}: needs a CUDA device; choose another")
-        # The package refuses correction bits where there is nothing to correct.
+        # The package rejects correction bits if there is nothing to correct.
         has_16_bits = any(p.element_size() == 2 for p in _trainable(model))
         return flashoptim.FlashAdamW(
             self.groups(model),
@@ -171,7 +171,7 @@ class FlashAdamWConfig(AdamWConfig):
         def moment_bytes(p: Parameter) -> int:
             return p.numel() + 2 * math.ceil(p.numel() / 32)  # codes, scales
 
-        # A 16-bit parameter has 8 correction bits beside it; the step is an int64.
+        # A 16-bit parameter has 8 extra correction bits per element; the step is an int64.
         return sum(
             2 * moment_bytes(p) + (p.numel() if p.element_size() == 2 else 0) + 8
             for p in _trainable(model)
@@ -195,7 +195,7 @@ class GaLoreConfig(AdamWConfig):
         if not any("rank" in group for group in groups):
             print(
                 f"optimizer.rank={self.rank}: no linear layer has both sides above it, so GaLore "
-                "projects nothing and is AdamW; set a smaller one"
+                "projects nothing and reduces to AdamW; set a smaller rank"
             )
         return GaLoreAdamW(
             groups,
@@ -348,7 +348,7 @@ def build(model: Module, config: OptimizerConfig) -> Optimizer:
     """The optimizer over the model's trainable parameters.
 
     Raises:
-        ExperimentError: it refuses a hyperparameter.
+        ExperimentError: it rejects a hyperparameter.
         UnavailableError: its package is missing, or it does not run on this machine.
     """
     try:
@@ -358,10 +358,10 @@ def build(model: Module, config: OptimizerConfig) -> Optimizer:
 
 
 def check(config: OptimizerConfig) -> None:
-    """Refuses what `build` would refuse of most models, before one is loaded.
+    """Rejects what `build` would reject for most models, before one is loaded.
 
     Raises:
-        ExperimentError, UnavailableError: as `build`.
+        ExperimentError, UnavailableError: as in `build`.
     """
     import torch
 
@@ -369,7 +369,7 @@ def check(config: OptimizerConfig) -> None:
 
 
 def measured_state_bytes(optimizer: Optimizer) -> int:
-    """Bytes that the tensors of the optimizer's state take, shared ones counted once."""
+    """Bytes taken by the tensors of the optimizer's state, with shared ones counted once."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for state in optimizer.state.values()
@@ -409,23 +409,23 @@ def _require_eps_pair(eps: list[float]) -> None:
 
 
 def _bitsandbytes(optimizer: str) -> Any:
-    # It warns that a kernel for inference in 4 bits, which no optimizer uses, is not installed.
+    # Silences a warning that a 4-bit inference kernel, which no optimizer uses, is not installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     return _import(optimizer, "bitsandbytes.optim", "bitsandbytes>=0.50")
 
 
 def _make_contiguous(model: Module) -> None:
-    """What bitsandbytes does in its first step without a word, to channels-last weights too.
+    """Makes weights contiguous, as bitsandbytes silently does in its first step.
 
-    A run that goes on from a checkpoint would take a step in another format than one that was not
-    stopped.
+    That includes channels-last weights. A resumed run would otherwise take a step in a different
+    memory format from an uninterrupted one.
     """
     for p in _trainable(model):
         p.data = p.data.contiguous()
 
 
 def _import(optimizer: str, module: str, requirement: str) -> Any:
-    """The module of an optimizer's package, or the command that installs it."""
+    """Imports a module of an optimizer's package; failing that, names the install command."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 
 class ParameterwiseOptimizer(Optimizer):
-    """Steps one parameter after the other; a subclass says how."""
+    """Steps one parameter after another; a subclass says how."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -29,5 +29,5 @@ class ParameterwiseOptimizer(Optimizer):
     def _step_parameter(
         self, p: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
-        """Moves ``p`` and its ``state``, which is empty before the first step; not ``grad``."""
+        """Updates ``p`` and its ``state``, empty before the first step; leaves ``grad`` alone."""
         raise NotImplementedError

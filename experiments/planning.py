@@ -1,4 +1,4 @@
-"""What a run would do and take, found out without doing it: steps, and peak memory by part."""
+"""What a run would take, found out without running it: steps, and peak memory by part."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Plan:
     param_bytes: int
     grad_bytes: int  # 0 where they are released in the backward pass
     state_bytes: int
-    activation_bytes: int  # the most a forward and backward pass holds beside them
-    host_bytes: int  # of the activations that wait in the host's memory
+    activation_bytes: int  # the most that a forward and backward pass holds besides these
+    host_bytes: int  # of the activations kept in host memory
     adamw_state_bytes: int
 
     @property
@@ -39,12 +39,12 @@ class Plan:
         return self.param_bytes + self.grad_bytes + self.state_bytes + self.activation_bytes
 
     def fits(self, memory_gib: float) -> bool:
-        """Whether a card of that size has room for the peak and for what is not planned."""
+        """Whether a card of that size has room for the peak and for what the plan leaves out."""
         return self.peak_bytes / 2**30 + UNPLANNED_GIB <= memory_gib
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages made while it is active and remembers the most bytes alive at once."""
+    """Tracks storages created while it is active, and the most bytes alive at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def ignore(self, tensor: torch.Tensor) -> None:
-        """Leaves out a storage that was there before."""
+        """Excludes a storage that already existed."""
         self._known.add(tensor.untyped_storage()._cdata)
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
@@ -81,13 +81,13 @@ class LiveBytes(TorchDispatchMode):
 
 
 class HostMemory:
-    """Stands in for the host's memory where tensors have shapes only; counts what is sent there."""
+    """Stands in for host memory when tensors are only shapes; counts the bytes sent there."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
 
     def keep(self) -> saved_tensors_hooks:
-        """In place of `activations.in_host_memory`."""
+        """Replaces `activations.in_host_memory`."""
         return saved_tensors_hooks(self._send, self._fetch)
 
     def _send(self, tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
@@ -102,12 +102,12 @@ class HostMemory:
 def make(config: RunConfig) -> Plan:
     """Plans the run from shapes alone: the model is built and differentiated without memory.
 
-    The activations are those of the largest batch, full length and every token a target, as torch's
-    eager operators allocate them. The sum takes them to be alive together with all gradients, which
-    holds as soon as gradients are accumulated, and is the upper end otherwise. Under gradient
-    release the few gradients that are alive at a time count as activations. Not counted are what a
-    GPU's driver and the allocator's fragmentation take (`UNPLANNED_GIB`), what generation takes in
-    an evaluation, and the temporaries of a step in plain torch (up to 0.8 GiB; the native step
+    The activations are those of the largest batch, at full length and with every token a target, as
+    torch's eager operators allocate them. The sum assumes that they are alive together with all
+    gradients, which is true once gradients are accumulated and an upper bound otherwise. Under
+    gradient release the few gradients alive at a time count as activations. Not counted are what a
+    GPU's driver and the allocator's fragmentation take (`UNPLANNED_GIB`), what generation takes
+    during evaluation, and the temporaries of a step in plain torch (up to 0.8 GiB; the native step
     needs none).
     """
     task = tasks.chosen(config)
@@ -117,7 +117,7 @@ def make(config: RunConfig) -> Plan:
     if config.hardware.activation_checkpointing:
         activations.enable_checkpointing(model, config.hardware, host.keep)
     with suppress(optimizers.UnavailableError):  # the plan may be for another machine
-        optimizers.build(model, config.optimizer)  # refuses the values that the run would refuse
+        optimizers.build(model, config.optimizer)  # rejects the values that the run would reject
     params = [p for p in model.parameters() if p.requires_grad]
     param_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
 
@@ -156,7 +156,7 @@ def _activation_bytes(
     for p in model.parameters():
         if is_released:
             p.register_post_accumulate_grad_hook(_free_gradient)
-        else:  # a gradient that is there already is added to in place, so the peak leaves it out
+        else:  # an existing gradient is added to in place, so the peak excludes it
             p.grad = torch.zeros_like(p)
             grads.append(p.grad)
     model.train()

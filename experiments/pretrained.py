@@ -1,4 +1,4 @@
-"""Where pretrained weights lie: in a folder, in an installed Python package, or on the hub."""
+"""Finds pretrained weights: in a folder, in an installed Python package, or on the hub."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from experiments.errors import ExperimentError, require
 
 
 def locate(config: ModelConfig) -> tuple[str, str]:
-    """Where `from_pretrained` finds the model, and how the record calls that.
+    """Where `from_pretrained` finds the model, and what the record calls that place.
 
     Raises:
-        ExperimentError: the folder or the package is not there, or the folder is no model's.
+        ExperimentError: the folder or the package does not exist, or the folder holds no model.
     """
     if config.path is not None:
         folder = Path(config.path)
@@ -28,7 +28,7 @@ def locate(config: ModelConfig) -> tuple[str, str]:
             (folder / "config.json").is_file(),
             "model.path",
             folder,
-            "it has no config.json; it must be a folder that transformers' save_pretrained wrote",
+            "it has no config.json; it must be a folder written by transformers' save_pretrained",
         )
         return config.path, f"folder {config.title}"
     if config.package is not None:
@@ -60,7 +60,7 @@ def _package_folder(config: ModelConfig) -> Path:
             model = conversion.from_gguf(file)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         else:
-            with torch.random.fork_rng(devices=[]):  # else later runs would draw other weights
+            with torch.random.fork_rng(devices=[]):  # else it would change what this run draws
                 model = conversion.from_onnx(file, config.architecture)
             package = str(config.tokenizer_package)
             tokenizer_file = next(_installed(package, config).rglob("tokenizer.json"))
@@ -70,13 +70,13 @@ def _package_folder(config: ModelConfig) -> Path:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes both to a new folder, for `from_pretrained`, whole or not at all.
+    """Writes both atomically to a new folder that `from_pretrained` can read.
 
     Raises:
         ExperimentError: the disk is full.
     """
     with atomic.new_folder(folder) as partial:
-        # First: where even this small file finds no room, its error has no type to know it by.
+        # First, because its out-of-space error, unlike the model's, has no type to catch.
         tokenizer.save_pretrained(partial)
         model.save_pretrained(partial)
 

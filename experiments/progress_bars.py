@@ -12,14 +12,14 @@ from experiments import distributed
 
 T = TypeVar("T")
 
-_LOG_FILE_INTERVAL_S = 15.0  # between two lines where nobody watches a terminal
+_LOG_FILE_INTERVAL_S = 15.0  # between lines when stderr is not a terminal
 
 
 def progress_bar(desc: str, total: int, unit: str, **options: Any) -> tqdm[Any]:
-    """A progress bar; in a log file, where it lasts, a line every 15 seconds.
+    """A progress bar; in a log file it leaves a line every 15 seconds.
 
     Args:
-        options: more of tqdm's.
+        options: passed on to tqdm.
     """
     interval_s = 0.1 if sys.stderr.isatty() else _LOG_FILE_INTERVAL_S
     return tqdm(
@@ -28,13 +28,13 @@ def progress_bar(desc: str, total: int, unit: str, **options: Any) -> tqdm[Any]:
 
 
 def evaluation_bar(desc: str, total: int, unit: str) -> tqdm[Any]:
-    """One that leaves nothing behind on a terminal, and in a log file nothing where it is short."""
+    """A bar that disappears from a terminal, and leaves nothing in a log file if it is brief."""
     delay_s = 0.0 if sys.stderr.isatty() else _LOG_FILE_INTERVAL_S
     return progress_bar(desc, total, unit, leave=False, delay=delay_s)
 
 
 def tokenizing(rows: Sequence[T]) -> Iterator[T]:
-    """The rows; the first process shows how far it is, where they take more than a moment."""
+    """Yields the rows; the first process shows its progress if they take more than a moment."""
     with progress_bar(
         "tokenize", len(rows), "row", leave=False, delay=2.0, disable=distributed.rank() > 0
     ) as bar:

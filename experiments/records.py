@@ -2,11 +2,11 @@
 
 results/runs/<task>/<model>/<optimizer>/<hash>/
     config.yaml     the config, every value resolved
-    metrics.jsonl   one line a logged step; the truth that wandb only mirrors
-    checkpoint/     to go on from
+    metrics.jsonl   one line per logged step; authoritative, wandb only mirrors it
+    checkpoint/     to resume from
     error.txt       why the last attempt failed
     model/          the fine-tuned model
-    record.json     written last: a run without it neither finished nor diverged
+    record.json     written last: a run without one neither finished nor diverged
 results/records/<task>-<model>-<optimizer>-<hash>.json    a copy, small enough to commit
 """
 
@@ -36,7 +36,7 @@ from experiments.errors import ExperimentError
 
 _PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "hydra-core", "numpy")
 _OPTIONAL_PACKAGES = ("bitsandbytes", "torchao", "flashoptim", "torchvision", "ffcv")
-_LOCK_PATIENCE_S = 1.0  # `experiments.status` holds a lock for an instant, to see if it is free
+_LOCK_PATIENCE_S = 1.0  # `experiments.status` holds a lock for an instant to see if it is free
 
 
 class RunFolder:
@@ -60,7 +60,8 @@ class RunFolder:
         """Keeps every other process out of this run while the block runs.
 
         Raises:
-            ExperimentError: another process has the run; names it. Or nothing can be written there.
+            ExperimentError: another process, which is named, has the run; or the folder is not
+                writable.
         """
         lock = self.path.with_suffix(".lock")
         with atomic.explained(lock):
@@ -84,7 +85,7 @@ class RunFolder:
 
     @contextmanager
     def error_kept(self) -> Iterator[None]:
-        """Writes down, for `experiments.status`, the exception that ends the block, if one does."""
+        """Saves the exception that ends the block, if any, for `experiments.status`."""
         self._error.unlink(missing_ok=True)
         try:
             yield
@@ -94,7 +95,7 @@ class RunFolder:
             raise
 
     def finished_record(self) -> dict[str, Any] | None:
-        """The record, or None where the run is not finished."""
+        """The record, or None if the run is not finished."""
         return status.read_record(self._record)
 
     def was_interrupted_since(self, moment: datetime) -> bool:
@@ -104,20 +105,20 @@ class RunFolder:
         return is_since and not self._record.exists()
 
     def set_aside(self) -> Path:
-        """Renames the folder, so that the run starts anew and nothing is lost."""
+        """Renames the folder, so that the run starts over and nothing is lost."""
         kept = self.path.with_name(f"{self.path.name}.{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         self.path.rename(kept)
         return kept
 
     @property
     def attempt(self) -> str:
-        """Tells it from earlier runs of this config, which `set_aside` has kept."""
+        """An id distinct from earlier runs of this config, which `set_aside` has kept."""
         num_kept = len(list(self.path.parent.glob(f"{self.hash}.*_*")))
         return f"{self.hash}-{num_kept}" if num_kept else self.hash
 
     def start(self, config: RunConfig) -> None:
-        """Writes the config; harmless where the run goes on."""
-        for left_over in self.path.glob(f".{self.model.name}.*.partial"):  # by a kill
+        """Writes the config; harmless if the run is being resumed."""
+        for left_over in self.path.glob(f".{self.model.name}.*.partial"):  # by a killed process
             shutil.rmtree(left_over, ignore_errors=True)
         text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
         atomic.write_text(self.path / "config.yaml", text)
@@ -127,7 +128,7 @@ class RunFolder:
             file.write(json.dumps(metrics) + "\n")
 
     def sync_metrics(self) -> None:
-        """Returns when all that was appended is on the disk."""
+        """Returns once everything appended is on disk."""
         with atomic.explained(self._metrics), self._metrics.open("rb") as file:
             os.fsync(file.fileno())
 
@@ -136,7 +137,7 @@ class RunFolder:
         return status.read_lines(self._metrics)
 
     def rewind_metrics(self, step: int) -> None:
-        """Drops what a run repeats that goes on after ``step``: later steps and the final test."""
+        """Drops what a run resumed after ``step`` repeats: later steps and the final evaluation."""
         kept = [m for m in self.metrics() if m["step"] <= step]
         kept = [m for m in kept if m["step"] == 0 or "train/loss" in m]
         atomic.write_text(self._metrics, "".join(json.dumps(m) + "\n" for m in kept))
@@ -147,13 +148,13 @@ class RunFolder:
         atomic.write_text(self._record, _to_json(record))
 
     def restore_copy(self, record: dict[str, Any]) -> None:
-        """Brings back the copy of a finished run's record that tables are made of."""
+        """Restores the copy of a finished run's record that tables are made from."""
         if not self._committed_record.exists():
             atomic.write_text(self._committed_record, _to_json(record))
 
 
 def _take_lock(file: IO[str]) -> bool:
-    """Whether the lock was free, and is now ours until the file is closed."""
+    """Whether the lock was free; if so, it is ours until the file is closed."""
     with suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -165,10 +166,10 @@ def _to_json(values: dict[str, Any]) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """The commit, whether the tree differs from it, and the versions of what matters."""
+    """The commit, whether the tree differs from it, and the versions of relevant packages."""
     root = Path(__file__).parent
     commit = _git(root, "rev-parse", "HEAD")
-    # Results change with every run, and no run reads them.
+    # Results change with every run, but no run reads them.
     paths = (":/", ":(top,exclude)results")
     changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *paths)
     versions = {"python": platform.python_version(), "microadam": microadam.__version__}
@@ -195,7 +196,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 class Mirror:
-    """Sends metrics to Weights & Biases while its block runs, and whether that ended well."""
+    """Sends metrics to Weights & Biases while its block runs, then whether the block succeeded."""
 
     def __init__(self, run: RunFolder, config: RunConfig) -> None:
         import wandb
@@ -224,5 +225,5 @@ class Mirror:
         self._wandb_run.log(metrics, step=metrics["step"])
 
     def summarize(self, record: dict[str, Any]) -> None:
-        """What a table of runs shows of this one."""
+        """Sets what a table of runs shows for this one."""
         self._wandb_run.summary.update({"status": record["status"], **record["metrics"]})

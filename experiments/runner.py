@@ -40,23 +40,23 @@ _MAX_CURVE_POINTS = 200
 
 
 def execute(config: RunConfig, overrides: Sequence[str] = ()) -> Path:
-    """Runs ``config``, goes on with it, or says that it is finished.
+    """Starts or resumes the run of ``config``, or reports that it is finished.
 
     Args:
-        overrides: of run.py that compose ``config``, for the record.
+        overrides: the run.py overrides that compose ``config``, for the record.
 
     Returns:
         The folder of the run.
 
     Raises:
-        ExperimentError: something the user can mend; what was there before is kept.
+        ExperimentError: something the user can fix; earlier results are kept.
         SystemExit: a signal asked the run to stop; its exit code is `interruption.EXIT_CODE`.
     """
     models.quieten_transformers()
     run = RunFolder(config)
     if config.dry_run:
         if distributed.rank() == 0:
-            print(summary.of_plan(config, planning.make(config)))
+            print(summary.plan_summary(config, planning.make(config)))
         return run.path
     machine = hardware.resolve(config.hardware)
     with (
@@ -68,15 +68,15 @@ def execute(config: RunConfig, overrides: Sequence[str] = ()) -> Path:
         if record is None:
             with run.error_kept() if distributed.rank() == 0 else nullcontext():
                 record = _run(config, overrides, run, machine, signals)
-        print(summary.of_record(record, run.path))
+        print(summary.record_summary(record, run.path))
     return run.path
 
 
 def _earlier_record(config: RunConfig, run: RunFolder) -> dict[str, Any] | None:
-    """The record of a finished run, unless it is to run again."""
-    goes_on = interruption.is_restart() and run.finished_record() is None
-    if config.force and run.path.exists() and not goes_on:
-        print(f"force=true: what was there is kept as {run.set_aside()}")
+    """The record of a finished run, unless it is to be run again."""
+    resumes = interruption.is_restart() and run.finished_record() is None
+    if config.force and run.path.exists() and not resumes:
+        print(f"force=true: the old folder is kept as {run.set_aside()}")
     record = run.finished_record()
     if record is not None:
         of_run = record["hardware"]
@@ -94,7 +94,7 @@ def _run(
     signals: Interruption,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    # The commit now: the checkout may have moved on when the run ends.
+    # Taken now: the checkout may have moved on by the time the run ends.
     origin = {"command": _command(overrides), **provenance()}
     is_first = distributed.rank() == 0
     torch.manual_seed(config.seed)
@@ -106,8 +106,8 @@ def _run(
     task = chosen_task(config, machine)
     found = distributed.from_all((task.data_source, task.num_examples, task.data_digest))
     remedy = (
-        f"the processes found different data ({found}); set dataset.source to one of the sources, "
-        "and give each process the same files"
+        f"the processes found different data ({found}); set dataset.source to one particular "
+        "source, and give every process the same files"
     )
     require(len(set(found)) == 1, "dataset.source", config.dataset.source, remedy)
     if config.hardware.activation_checkpointing:
@@ -123,7 +123,7 @@ def _run(
     checkpoint = distributed.from_rank_0(lambda: checkpoints.newest(run.checkpoints, identity))
     began = started - _kept_s(run, checkpoint)
     setup = training.Setup(config, machine, task, parallel, optimizer, identity, began)
-    print(summary.of_start(config, task, machine, run.path, checkpoint))
+    print(summary.start_summary(config, task, machine, run.path, checkpoint))
 
     if is_first:
         run.rewind_metrics(0 if checkpoint is None else checkpoint.progress.step)
@@ -218,14 +218,14 @@ def _train_and_evaluate(
 
 
 def _kept_s(run: RunFolder, checkpoint: Checkpoint | None) -> float:
-    """Seconds of earlier processes that this one need not spend again."""
+    """Seconds spent by earlier processes on work that this one need not repeat."""
     if checkpoint is not None:
         return checkpoint.progress.totals["wall_s"]
     return _logged_before(run).get("time/evaluation_s", 0.0)
 
 
 def _logged_before(run: RunFolder) -> dict[str, Any]:
-    """What an earlier process logged of the untrained model; empty where there was none."""
+    """What an earlier process logged for the untrained model; empty if there was none."""
     first = distributed.from_rank_0(lambda: run.metrics()[:1])
     return first[0] if first and first[0]["step"] == 0 else {}
 
@@ -233,7 +233,7 @@ def _logged_before(run: RunFolder) -> dict[str, Any]:
 def _evaluation_before(
     setup: training.Setup, run: RunFolder, log: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """What is logged of the untrained model; a run that goes on finds it in its own log."""
+    """What is logged for the untrained model; a resumed run finds it in its own log."""
     if not setup.config.evaluation.before_training:
         return {}
     logged = _logged_before(run)
@@ -253,7 +253,7 @@ def _evaluate(setup: training.Setup) -> tuple[dict[str, Any], float]:
 
 
 def _loss_metrics(losses: list[float]) -> dict[str, Any]:
-    """First, last, and the mean of the last tenth of the steps, which no single batch decides."""
+    """First, last, and the mean over the last tenth of steps, which no single batch dominates."""
     if not losses:
         return {}
     num_last = max(1, len(losses) // 10)
@@ -265,7 +265,7 @@ def _loss_metrics(losses: list[float]) -> dict[str, Any]:
 
 
 def _curve(losses: list[float]) -> dict[str, list[float]]:
-    """At most 200 points of the training loss: means of equally many steps, at the last of them."""
+    """At most 200 points of the training loss: means over equal spans of steps, at their ends."""
     interval = max(1, math.ceil(len(losses) / _MAX_CURVE_POINTS))
     groups = [losses[start : start + interval] for start in range(0, len(losses), interval)]
     steps = itertools.accumulate(len(group) for group in groups)
@@ -276,13 +276,13 @@ def _curve(losses: list[float]) -> dict[str, list[float]]:
 
 
 def _prefixed(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Without those that are not finite, which JSON has not."""
+    """Drops non-finite values, which JSON cannot represent."""
     is_finite = {name: not isinstance(v, float) or math.isfinite(v) for name, v in metrics.items()}
     return {f"{prefix}/{name}": value for name, value in metrics.items() if is_finite[name]}
 
 
 def _command(overrides: Sequence[str]) -> str:
-    """What repeats this run anywhere: of a sweep, the one job."""
+    """The command that repeats this run anywhere; for a sweep, just this job."""
     not_its_own = ("results_dir=", "dataset.root=", "force=", "logger=", "logger.")
     return shlex.join(
         ["python", "run.py", *(o for o in overrides if not o.startswith(not_its_own))]

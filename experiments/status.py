@@ -21,12 +21,12 @@ from experiments.report import formats
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What the folder of a run tells without loading anything of it into torch."""
+    """What a run's folder says about it, found without loading anything into torch."""
 
     path: Path
     state: str  # finished | diverged | running | failed | interrupted | not started | broken
     num_steps: int  # done
-    num_steps_in_all: int | None  # None: not known yet
+    total_steps: int | None  # None: not known yet
     metrics: dict[str, Any]  # those of the record, or of the latest step
     config: dict[str, Any]
     error: str  # of a failed or broken run, else empty
@@ -47,7 +47,7 @@ def read(path: Path) -> RunStatus:
         error = str(broken)
     metrics: dict[str, Any] = {}
     for line in lines:
-        # Several lines have the last step; an evaluation of an earlier one is not of this model.
+        # Several lines may share the last step; an earlier step's evaluation is not of this model.
         metrics = (metrics if metrics.get("step") == line.get("step") else {}) | line
     written = [file.stat().st_mtime for file in path.glob("*") if file.is_file()]
     error_file = path / "error.txt"
@@ -75,14 +75,14 @@ def read(path: Path) -> RunStatus:
 
 
 def find(results_dir: Path) -> list[RunStatus]:
-    """All runs below ``results_dir``, the latest last, without the folders that force=true kept."""
+    """All runs below ``results_dir``, latest last, without the folders that force=true kept."""
     folders = [path for path in results_dir.glob("runs/*/*/*/*") if path.is_dir()]
     runs = [read(path) for path in folders if "." not in path.name]
     return sorted(runs, key=lambda run: -run.age_s)
 
 
 def headline(metrics: dict[str, Any]) -> str:
-    """The evaluated score that says most: the average of several, else the first."""
+    """The most telling score: the average of several, else the first."""
     scores = {
         name.removeprefix("eval/"): value
         for name, value in metrics.items()
@@ -96,14 +96,14 @@ def headline(metrics: dict[str, Any]) -> str:
 
 
 def number(metrics: dict[str, Any], *names: str) -> str:
-    """The first of the metrics that is there, with three decimals."""
+    """The first of these metrics that is present, with three decimals."""
     return next((f"{metrics[name]:.3f}" for name in names if name in metrics), "")
 
 
 def _progress(run: RunStatus) -> str:
-    """``120/250``, or ``120`` where the number of all steps is not known."""
-    in_all = "" if run.num_steps_in_all is None else f"/{run.num_steps_in_all}"
-    return f"{run.num_steps}{in_all}"
+    """``120/250``, or ``120`` if the total is not known."""
+    total = "" if run.total_steps is None else f"/{run.total_steps}"
+    return f"{run.num_steps}{total}"
 
 
 def age(age_s: float) -> str:
@@ -114,7 +114,7 @@ def age(age_s: float) -> str:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A run's record; None where there is none.
+    """A run's record; None if there is none.
 
     Raises:
         ExperimentError: it is broken.
@@ -124,7 +124,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     with _explained(path):
         record = _mapping(json.loads(path.read_text(encoding="utf-8")))
         if not {"status", "metrics"} <= record.keys():
-            raise ValueError("no record of a run")
+            raise ValueError("not a run record")
         return record
 
 
@@ -151,7 +151,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _mapping(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise ValueError("no keys with values")
+        raise ValueError("not a mapping")
     return values
 
 

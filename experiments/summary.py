@@ -1,4 +1,4 @@
-"""What a person reads: the plan, the start and the end of a run."""
+"""Summaries for people: a run's plan, its start and its end."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _clipping(config: TrainingConfig) -> str:
     return ", ".join(bounds) or "none"
 
 
-def of_plan(config: RunConfig, plan: Plan) -> str:
+def plan_summary(config: RunConfig, plan: Plan) -> str:
     train, hardware = config.training, config.hardware
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
     checkpointing = ""
@@ -83,7 +83,7 @@ def of_plan(config: RunConfig, plan: Plan) -> str:
         ("gradients", gradients),
         (
             "optimizer state",
-            f"{formats.size(plan.state_bytes)}, {plan.state_bytes / plan.num_params:.2f} bytes a "
+            f"{formats.size(plan.state_bytes)}, {plan.state_bytes / plan.num_params:.2f} bytes per "
             f"parameter (AdamW: {formats.size(plan.adamw_state_bytes)})",
         ),
         ("activations", f"{formats.size(plan.activation_bytes)} (estimate, largest batch)"),
@@ -91,7 +91,7 @@ def of_plan(config: RunConfig, plan: Plan) -> str:
     ]
     if plan.host_bytes:
         memory.append(("on the host", f"{formats.size(plan.host_bytes)} of the layers' inputs"))
-    unsharded = ", of one process, unsharded" if hardware.parallel == "fsdp2" else ""
+    unsharded = " for one process, unsharded" if hardware.parallel == "fsdp2" else ""
     return f"Plan\n{_table(rows)}\n\nPeak memory by part{unsharded}\n{_table(memory)}"
 
 
@@ -103,7 +103,7 @@ def _verdict(plan: Plan, memory_gib: float | None) -> str:
 
 
 def shortage(plan: Plan, memory_gib: float | None) -> str:
-    """What to say behind the peak where the plan does not fit the card; else empty."""
+    """What to add after the peak if the plan does not fit the card; else empty."""
     if memory_gib is None or plan.fits(memory_gib):
         return ""
     spare = memory_gib * _GIB - plan.peak_bytes
@@ -115,7 +115,7 @@ def shortage(plan: Plan, memory_gib: float | None) -> str:
     )
 
 
-def of_start(
+def start_summary(
     config: RunConfig,
     task: Task,
     hardware: Hardware,
@@ -159,11 +159,11 @@ def of_start(
         ("folder", str(folder)),
     ]
     if checkpoint is not None:
-        rows.append(("goes on", f"from step {checkpoint.progress.step}"))
+        rows.append(("resuming", f"from step {checkpoint.progress.step}"))
     return _table(rows)
 
 
-def of_record(record: dict[str, Any], folder: Path) -> str:
+def record_summary(record: dict[str, Any], folder: Path) -> str:
     m = record["metrics"]
     adamw_bytes = 2 * record["num_params"] * (2 if record["hardware"]["precision"] == "bf16" else 4)
     if record["status"] == "diverged":
@@ -178,8 +178,8 @@ def of_record(record: dict[str, Any], folder: Path) -> str:
             f"AdamW's would take {formats.size(adamw_bytes)}",
         ),
         (
-            "time a step",
-            f"{m['time/training_s'] / record['num_steps']:.2f} s, of which the optimizer "
+            "time per step",
+            f"{m['time/training_s'] / record['num_steps']:.2f} s, of which the optimizer takes "
             f"{m['time/optimizer_s'] / m['time/training_s']:.1%}",
         ),
         ("speed", f"{record['num_units'] / m['time/training_s']:.0f} {record['unit']}/s"),
@@ -193,7 +193,7 @@ def of_record(record: dict[str, Any], folder: Path) -> str:
 
 
 def _evaluated(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    """Label and name of every evaluated quantity, standard errors and counts aside."""
+    """Label and name of every evaluated quantity except standard errors and counts."""
     labels = {"loss": "held-out loss", "average": "average of the tasks"}
     names = [
         key.removeprefix("eval/")
@@ -209,7 +209,7 @@ def _label(name: str) -> str:
 
 
 def _before_after(metrics: dict[str, Any], name: str) -> str:
-    """``before -> after`` of an evaluated quantity; of a score with standard errors and counts."""
+    """``before -> after`` for an evaluated quantity; scores with standard errors and counts."""
     stages = [stage for stage in ("eval_before", "eval") if f"{stage}/{name}" in metrics]
     if name == "loss":
         return " -> ".join(f"{metrics[f'{stage}/{name}']:.3f}" for stage in stages)
@@ -217,7 +217,7 @@ def _before_after(metrics: dict[str, Any], name: str) -> str:
 
 
 def _counts(metrics: dict[str, Any], name: str) -> str:
-    """How many samples a score is of; of an average of scores, nothing."""
+    """The number of samples behind a score; empty for an average of scores."""
     if f"eval/{name}_num_samples" in metrics:
         num_cut = metrics.get(f"eval/{name}_num_cut", 0)
         cut = f", {num_cut:,} of them cut" if num_cut else ""

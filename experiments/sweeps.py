@@ -1,6 +1,6 @@
-"""What became of each job of a sweep, kept in the sweep's folder; any launcher's jobs write there.
+"""What became of each job of a sweep, kept in the sweep's folder; jobs of any launcher write there.
 
-results/sweeps/<time>/<number>.json    overrides, and folder of the run or error
+results/sweeps/<time>/<number>.json    overrides, and the run's folder or error
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def keep_job(folder: Path, number: int, job: dict[str, Any]) -> None:
 
 
 def summary(folder: Path) -> tuple[str, int]:
-    """A table of all jobs by what distinguishes their overrides, and how many failed."""
+    """A table of all jobs, listing only the overrides that differ, and how many failed."""
     files = sorted(folder.glob("[0-9]*.json"))
     jobs = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     rows = []

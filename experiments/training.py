@@ -33,19 +33,19 @@ _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is made of, the same from its first step to its last."""
+    """What a run consists of, unchanged from its first step to its last."""
 
     config: RunConfig
     hardware: Hardware
     task: Task
-    parallel: Parallel  # has the task's model
+    parallel: Parallel  # wraps the task's model
     optimizer: torch.optim.Optimizer
     identity: dict[str, str]  # what a checkpoint must share with the run, see `checkpoints.newest`
-    began: float  # time.perf_counter() when the run began, had one process done it all
+    began: float  # time.perf_counter() at the start, as if one process had run it all
 
     @property
     def wall_s(self) -> float:
-        """Seconds of the run so far, without what interruptions made it repeat."""
+        """Seconds the run has taken so far, excluding work repeated after interruptions."""
         return time.perf_counter() - self.began
 
 
@@ -59,7 +59,7 @@ class Totals:
     wall_s: float = 0.0  # of the whole run
     num_units: int = 0
     peak_bytes: int = 0  # the most memory held
-    peak_memory_of: str = "training"  # or process: a system may not tell the two apart
+    peak_memory_of: str = "training"  # or process: some systems cannot tell the two apart
 
 
 def train(
@@ -69,15 +69,15 @@ def train(
     log: Callable[[dict[str, Any]], None],
     interruption: Interruption,
 ) -> tuple[int, Totals]:
-    """Trains to the last step, from ``checkpoint`` where there is one.
+    """Trains to the last step, starting from ``checkpoint`` if there is one.
 
-    A loss that is no longer finite ends the training; it is then the last in the run's metrics.
+    A non-finite loss ends the training; it is then the last in the run's metrics.
 
     Returns:
         How many steps the run took, and their totals.
 
     Raises:
-        KeyboardInterrupt, SystemExit: a signal came; a checkpoint of the last full step is there.
+        KeyboardInterrupt, SystemExit: a signal came; the last full step has a checkpoint.
     """
     config, task, optimizer = setup.config, setup.task, setup.optimizer
     training = config.training
@@ -99,7 +99,7 @@ def train(
         started = time.perf_counter()
         totals.wall_s = setup.wall_s
         if rank == 0:
-            run.sync_metrics()  # no checkpoint is ahead of the metrics
+            run.sync_metrics()  # no checkpoint may be ahead of the metrics
         progress = checkpoints.Progress(
             **setup.identity,
             step=step,
@@ -120,7 +120,7 @@ def train(
     with bar, interruption.deferred():
         batches_of_steps = task.steps(order, num_done, last_step)
         for step in range(num_done, last_step):
-            # What is random in a step depends on these alone, so a checkpoint holds no generator.
+            # A step's randomness depends on these alone, so checkpoints need no generator state.
             torch.manual_seed(((config.seed * 1_000_003 + step) * 1_009 + rank) % 2**63)
             metrics = _step(setup, release, batches_of_steps, totals)
             schedule.step()
@@ -149,10 +149,10 @@ def train(
             ):
                 save_checkpoint(num_done)
             if num_signals:
-                interruption.exit(f"the checkpoint of step {num_done} is written")
+                interruption.exit(f"a checkpoint was written at step {num_done}")
     (num_signals,) = distributed.summed(interruption.signal_name is not None)
     if num_signals:  # it came while the last checkpoint was written
-        interruption.exit("the last checkpoint is written")
+        interruption.exit("the last checkpoint was written")
     return num_done, totals
 
 
@@ -171,8 +171,8 @@ def _step(
         sum(batch.num_targets for batch in batches), sum(batch.num_units for batch in batches)
     )
 
-    # Every target of the global batch weighs the same, however ranks and micro-batches cut it. DDP
-    # and FSDP2 take the mean over ranks.
+    # Every target of the global batch weighs the same, however ranks and micro-batches split it.
+    # DDP and FSDP2 take the mean over ranks.
     world_size = distributed.world_size()
     loss = torch.zeros((), device=hardware.device)
     for batch in batches:

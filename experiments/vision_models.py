@@ -1,4 +1,4 @@
-"""ResNets as torchvision builds them, with random weights and a stem of one's choice."""
+"""ResNets as torchvision builds them, with random weights and a configurable stem."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottl
 
 @dataclass
 class Stem:
-    """The first convolution, and whether a max pool of stride 2 follows."""
+    """The first convolution, and whether a max pool of stride 2 follows it."""
 
     kernel_size: int = 7
     stride: int = 2
@@ -34,7 +34,7 @@ def resnet(config: ModelConfig, num_classes: int) -> ResNet:
     """A ResNet in float32 and channels-last; its weights are drawn from torch's generator.
 
     Raises:
-        ExperimentError: weights other than random, or an architecture that is no ResNet.
+        ExperimentError: the weights are not random, or the architecture is not a ResNet's.
     """
     try:
         architecture = Architecture(**config.architecture)

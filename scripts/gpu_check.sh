@@ -5,8 +5,8 @@
 #
 # Needs a GPU, nvcc, a C++ compiler, and torch >= 2.11, setuptools >= 77, numpy, hypothesis and pytest
 # in the Python that PYTHON names (default: python3). Nothing is installed: the native library is built
-# in this checkout. Writes to OUT: log.txt, summary.json, and summary.md, which it prints last. Ends
-# with an error where the build, a test or a benchmark failed, after everything else has run.
+# in this checkout. Writes log.txt, summary.json and summary.md to OUT, and prints summary.md last. Exits
+# with an error if the build, a test or a benchmark failed, but only after everything else has run.
 set -uo pipefail
 [ $# -eq 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 mkdir -p "$1"
@@ -19,12 +19,12 @@ START=$SECONDS
 declare -A status seconds
 : >"$OUT/log.txt"
 
-# stage NAME LIMIT_S COMMAND...: its output goes to OUT/log.txt; a failure is told and remembered.
+# stage NAME LIMIT_S COMMAND...: output goes to OUT/log.txt; a failure is reported and remembered.
 stage() {
     local name=$1 limit_s=$2 begin=$SECONDS
     shift 2
     printf '\n== %s: %s\n' "$name" "$*" >>"$OUT/log.txt"
-    timeout -s INT -k 20 "$limit_s" "$@" >>"$OUT/log.txt" 2>&1  # INT: pytest tells what had failed
+    timeout -s INT -k 20 "$limit_s" "$@" >>"$OUT/log.txt" 2>&1  # INT: pytest reports failures so far
     status[$name]=$? seconds[$name]=$((SECONDS - begin))
     printf '%-7s exit %s after %s s\n' "$name" "${status[$name]}" "${seconds[$name]}"
     [ "${status[$name]}" -eq 0 ] || tail -n 100 "$OUT/log.txt" >&2
@@ -40,12 +40,12 @@ print(*rivals_in_speed(), sep="\n")')
 
 stage build 100 env MICROADAM_CUDA_ARCHITECTURES="$architecture" \
     "$PYTHON" setup.py build_ext --inplace
-# After an illegal access on the GPU all that follows fails, too.
+# After an illegal access on the GPU everything that follows fails, too.
 stage tests 170 "$PYTHON" -m pytest -v --maxfail=5 --tb=short --hypothesis-profile=quick -m gpu \
     tests/microadam
 stage step 110 "$PYTHON" -m benchmarks.step --device cuda --models '2^30' bert-base --rounds 30 \
     --output "$OUT/step"
-# One after the other, so that where the large model finds no room the rest is measured.
+# Separately, so that the rest is measured even if the large model does not fit.
 stage llama 70 "$PYTHON" -m benchmarks.step --device cuda --models llama2-7b --dtypes bfloat16 \
     --optimizers 'AdamW (fused)' MicroAdam --rounds 10 --output "$OUT/llama"
 stage memory 30 "$PYTHON" -m benchmarks.memory --device cuda --optimizers "${rivals[@]}" \

@@ -1,4 +1,4 @@
-"""Processes side by side, each of them a run or a sweep of run.py."""
+"""Parallel processes, each a run or a sweep of run.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType, TracebackType
 
 _POLL_S = 0.2
 _INTERRUPTED = 130  # run.py's exit code after Ctrl-C
-_PREEMPTED = 75  # and after SIGTERM and SIGUSR1
+_PREEMPTED = 75  # its exit code after SIGTERM or SIGUSR1
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Job:
 class Jobs:
     """At most ``limit`` processes at a time; None: any number.
 
-    Leaving the block waits for all of them. A SIGTERM that comes in it is passed on to them.
+    Leaving the block waits for all of them. A SIGTERM received in the block is passed on to them.
     """
 
     def __init__(self, limit: int | None, folder: Path) -> None:
@@ -43,7 +43,7 @@ class Jobs:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for job in self._running:  # after Ctrl-C they have it too, and end by themselves
+        for job in self._running:  # Ctrl-C reaches them too, so they end by themselves
             job.process.wait()
         signal.signal(signal.SIGTERM, self._handler)
 
@@ -62,7 +62,7 @@ class Jobs:
         return None if self._limit is None else self._limit - len(self._running)
 
     def start(self, command: list[str], log: Path | None = None) -> None:
-        """``log`` takes its output and errors; None: the terminal does.
+        """Starts a process; ``log`` receives its output and errors; None: the terminal does.
 
         Raises:
             KeyboardInterrupt: a SIGTERM has come.
@@ -82,7 +82,7 @@ class Jobs:
         self._running.append(_Job(process, log))
 
     def wait_for_one(self) -> None:
-        """Until one has ended. A failure needs no look: it has left no record.
+        """Waits until one has ended. Failures need no special handling: they leave no record.
 
         Raises:
             KeyboardInterrupt: one was interrupted, or a SIGTERM has come.
@@ -90,7 +90,7 @@ class Jobs:
         while not (ended := [job for job in self._running if job.process.poll() is not None]):
             time.sleep(_POLL_S)
         self._running = [job for job in self._running if job not in ended]
-        # One that was still starting ends by the signal itself, as if it had failed.
+        # One that was still starting up is killed by the signal itself, as if it had failed.
         if self._is_stopped or {_INTERRUPTED, _PREEMPTED} & {
             job.process.returncode for job in ended
         }:

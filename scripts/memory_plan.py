@@ -2,8 +2,8 @@
 
     python -m scripts.memory_plan
 
-Reads configs/table/memory.yaml; writes results/memory_plan.json, which is for one card, and the
-table of docs/scale.md, which is for several. Takes about two minutes.
+Reads configs/table/memory.yaml; writes results/memory_plan.json, for one card, and the table in
+docs/scale.md, for several. Takes about two minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from experiments.hardware import param_dtype
 from run import compose
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN = "<!-- written by make memory-table -->"  # of the table in docs/scale.md
+BEGIN = "<!-- written by make memory-table -->"  # starts the table in docs/scale.md
 END = "<!-- end -->"
 
 
@@ -37,14 +37,14 @@ def _with_state_of(config: RunConfig, plan: planning.Plan) -> planning.Plan:
 
 
 def rows_of(table: dict[str, Any], card: str) -> list[dict[str, Any]]:
-    """A plan for each model with each optimizer on ``card``, with what it was made from."""
+    """A plan for each model with each optimizer on ``card``, with the config it was made from."""
     rows = []
     for model, of_model in tqdm(table["models"].items(), desc=card, unit="model"):
         plans: dict[bool, planning.Plan] = {}
         for optimizer, of_optimizer in table["optimizers"].items():
             overrides = ["scale=paper", f"hardware={card}", *of_model, *of_optimizer]
             config = compose(*overrides)
-            # The optimizer changes its state alone, unless gradients are released.
+            # The optimizer affects only its own state, unless gradients are released.
             is_released = bool(config.training.gradient_release)
             if is_released in plans:
                 plan = _with_state_of(config, plans[is_released])
@@ -67,7 +67,7 @@ def rows_of(table: dict[str, Any], card: str) -> list[dict[str, Any]]:
 
 
 def scale_table(table: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Planned peaks in Markdown, a line for each model and card; bold where they fit.
+    """Planned peaks in Markdown, a line for each model and card; bold if they fit.
 
     Args:
         rows: what `rows_of` returned, by card.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Compiles the native step against the headers of the oldest torch that pyproject.toml allows: the
-# newest ones declare names that it lacks. Its smallest wheel, the one for macOS, has the same headers.
+# Compiles the native step against the headers of the oldest torch that pyproject.toml allows, which
+# lack names that newer ones declare. Its smallest wheel, the one for macOS, has the same headers.
 #
-#   PYTHON=EXE   whose pip downloads it, 80 MB, into build/oldest_torch (default: python3)
+#   PYTHON=EXE   the interpreter whose pip downloads it (80 MB, to build/oldest_torch; default: python3)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -22,7 +22,7 @@ target=$(printf '0x%02x%02x000000000000' "$major" "$minor")
 grep -q "DTORCH_TARGET_VERSION=$target" setup.py ||
     { echo "oldest_torch: setup.py does not compile for torch $version, TORCH_TARGET_VERSION=$target" >&2; exit 1; }
 for source in csrc/library.cpp csrc/cpu/step.cpp csrc/cuda/step.cpp; do
-    # Of CUDA's own header no more is needed than what the tests emulate.
+    # The part of CUDA's header that the tests emulate is all that is needed.
     "${CXX:-c++}" -std=c++17 -fsyntax-only -fvisibility=hidden -Wall -Wextra -Werror "-DTORCH_TARGET_VERSION=$target" -DMICROADAM_WITH_CUDA \
         -isystem "$FOLDER/$version" -isystem tests/cuda_emulation "$source"
     echo "$source compiles with torch $version"

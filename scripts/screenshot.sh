@@ -1,5 +1,6 @@
 #!/bin/sh
-# Takes the README's picture of the page: results/index.html -> results/figures/page.png. Needs chromium.
+# Takes the README's screenshot of the results page: results/index.html -> results/figures/page.png.
+# Needs chromium.
 set -eu
 cd "$(dirname "$0")/.."
 picture=results/figures/page.png

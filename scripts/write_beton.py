@@ -1,11 +1,11 @@
-"""Writes an image data set as FFCV's .beton files, one a split: they load much faster than JPEGs.
+"""Writes an image data set as FFCV's .beton files, one per split: they load much faster than JPEGs.
 
     python -m scripts.write_beton imagenet FOLDER --source path/to/imagenet
     python run.py task=imagenet scale=paper dataset.path=FOLDER
 
 The images come from --source, which holds <split>.parquet or <split>/<class>/*.JPEG, or else from
-the Hugging Face hub. The defaults are ffcv-imagenet's for a ResNet-50; for a ResNet-18 it takes
---max-resolution 400 --jpeg-share 0.1. An interrupted call goes on when repeated.
+the Hugging Face hub. The defaults are ffcv-imagenet's for a ResNet-50; for a ResNet-18 it uses
+--max-resolution 400 --jpeg-share 0.1. Run an interrupted command again to resume it.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "dataset"
 
 
 def image_data_sets() -> dict[str, dict[str, object]]:
-    """The configs of the data sets with images, by name."""
+    """The configs of the image data sets, by name."""
     configs = {path.stem: yaml.safe_load(path.read_text()) for path in _CONFIGS.glob("*.yaml")}
     return {name: c for name, c in sorted(configs.items()) if "image" in c["columns"].values()}
 
 
 def write(args: argparse.Namespace) -> None:
-    """Writes the files that are not there yet.
+    """Writes the files that do not exist yet.
 
     Raises:
-        ExperimentError: FFCV is missing, or so are images, or one cannot be read.
+        ExperimentError: FFCV or images are missing, or an image cannot be read.
     """
     from experiments.data import images
 
     if not images.has_ffcv():
-        raise ExperimentError("without FFCV no .beton file can be written")
+        raise ExperimentError("writing a .beton file requires FFCV")
     from experiments.data import beton
 
     if args.source is not None and not args.source.is_dir():
@@ -53,18 +53,18 @@ def write(args: argparse.Namespace) -> None:
     for name in args.splits or config.splits:
         path = args.output / f"{name}.beton"
         if path.exists():
-            print(f"{path} is there already")
+            print(f"{path} already exists")
             continue
         content = _images(config, args.source, name)
         if isinstance(content, Path):
-            raise ExperimentError(f"--source {args.source}: {content} is such a file already")
+            raise ExperimentError(f"--source {args.source}: {content} is already a .beton file")
         beton.write(content, path, storage, args.num_workers)
         print(f"{path}: {len(content):,} images, {path.stat().st_size / 2**30:.2f} GiB")
     print(f"to use them: dataset.path={args.output}")
 
 
 def _images(config: DatasetConfig, source: Path | None, name: str) -> Images | Path:
-    """Of one split, from the folder that was given, or else from the hub."""
+    """The images of one split, from the given folder or else from the hub."""
     from experiments.data import images
 
     if source is not None:
@@ -88,12 +88,15 @@ def main() -> None:
     parser.add_argument("dataset", choices=image_data_sets(), help="one of configs/dataset")
     parser.add_argument("output", type=Path, help="folder that the files are written to")
     parser.add_argument("--source", type=Path, help="folder with the images")
-    parser.add_argument("--splits", nargs="+", help="default: all of the data set")
+    parser.add_argument("--splits", nargs="+", help="default: all splits of the data set")
     parser.add_argument(
-        "--max-resolution", type=int, default=500, help="pixels; a longer side shrinks"
+        "--max-resolution", type=int, default=500, help="pixels; a longer side is shrunk to this"
     )
     parser.add_argument(
-        "--jpeg-share", type=float, default=0.5, help="of the images; others: pixels"
+        "--jpeg-share",
+        type=float,
+        default=0.5,
+        help="share of images stored as JPEG; the rest as pixels",
     )
     parser.add_argument("--jpeg-quality", type=int, default=90)
     parser.add_argument(
@@ -107,7 +110,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("\ninterrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
 
 

@@ -53,6 +53,6 @@ def test_each_error_has_its_own_remedy(tmp_path: Path, error: Exception, is_full
     with pytest.raises(ExperimentError) as raised, atomic.new_file(tmp_path / "file"):
         raise error
     message = str(raised.value)
-    assert ("make room" in message) is is_full
+    assert ("free some space" in message) is is_full
     assert ("choose another folder" in message) is not is_full
-    assert ("starts anew" in message) is not is_full
+    assert ("starts from scratch" in message) is not is_full

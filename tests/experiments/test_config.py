@@ -159,7 +159,7 @@ def test_a_run_on_local_data_is_another_run_wherever_that_data_lies(
         ("dataset.source=web", ["dataset.source=web", "generated"]),
         ("evaluation.harness.gsm8k.num_fewshot=-1", ["num_fewshot=-1"]),
         ("dataset.num_held_out=0", ["dataset.num_held_out=0", "greater than 0"]),
-        ("dataset.num_held_out=9", ["dataset.num_held_out=9", "test is there already"]),
+        ("dataset.num_held_out=9", ["dataset.num_held_out=9", "already is a test split"]),
         ("model.path=weights", ["model.path=weights", "model.weights=pretrained"]),
         (
             "hardware.activation_offloading=true",

@@ -206,7 +206,7 @@ def test_a_data_set_that_is_on_no_hub_is_not_looked_up(
     assert images.find(_config(hub_id=None), ["train"])[0].source == "generated"
     message = "cifar10 could not be loaded from the hub (it is not on the hub)"
     assert message in capsys.readouterr().out
-    with pytest.raises(ExperimentError, match="data set cifar10 is on no hub: give a folder"):
+    with pytest.raises(ExperimentError, match="data set cifar10 is not on any hub: give a folder"):
         images.find(_config(hub_id=None, source="real"), ["train"])
 
 

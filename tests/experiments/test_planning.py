@@ -31,7 +31,7 @@ def test_the_papers_run_is_planned_from_shapes_alone(
         "linear decay to 0 after 20 warm-up steps",
         "micro-batch 8, activation checkpointing",
         "12.55 GiB",  # bf16 parameters, and as many gradients
-        "0.96 bytes a parameter (AdamW: 25.10 GiB)",
+        "0.96 bytes per parameter (AdamW: 25.10 GiB)",
         "fits the card's 80 GiB",
     ):
         assert words in printed

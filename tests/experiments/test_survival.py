@@ -70,7 +70,9 @@ def test_a_signal_while_training_leaves_a_checkpoint_of_that_step(
         with pytest.raises(SystemExit) as end:
             execute(config)
     assert end.value.code == interruption.EXIT_CODE == 75
-    assert f"stopped by {number.name}: the checkpoint of step 6" in capsys.readouterr().err
+    assert (
+        f"stopped by {number.name}: a checkpoint was written at step 6" in capsys.readouterr().err
+    )
     assert checkpoint_names(config) == ["step-00000004.pt", "step-00000006.pt"]
     assert signal.getsignal(number) == signal.SIG_DFL
     execute(config)

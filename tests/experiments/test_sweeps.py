@@ -182,7 +182,7 @@ def test_the_status_counts_the_steps_of_a_run_in_epochs(
     config = composed("scale=smoke", "hardware=cpu", "training.epochs=0.5", "evaluation.limit=1")
     _interrupted(config, monkeypatch)
     run = status.read(RunFolder(config).path)
-    assert (run.state, run.num_steps, run.num_steps_in_all) == ("interrupted", 4, 4)
+    assert (run.state, run.num_steps, run.total_steps) == ("interrupted", 4, 4)
 
 
 def test_the_status_of_a_run_that_trains_has_no_score_of_an_earlier_model(tmp_path: Path) -> None:

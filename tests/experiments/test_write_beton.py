@@ -213,7 +213,7 @@ def test_the_command_writes_every_split_once(
     assert sorted(labels) == [0, 0, 0, 1, 1, 1]
     printed = capsys.readouterr().out
     assert "train.beton: 6 images" in printed
-    assert "train.beton is there already" in printed
+    assert "train.beton already exists" in printed
     assert f"dataset.path={output}" in printed
 
 

@@ -320,7 +320,7 @@ def test_a_plan_says_where_the_data_is_not_that_of_the_local_folder(
 ) -> None:
     monkeypatch.setenv("MICROADAM_DATA", str(tmp_path))
     make_table(tmp_path, "--scale", scale, "--dry")
-    assert (f"there is no folder {tmp_path / 'mnli'} " in capsys.readouterr().out) == says
+    assert (f"there is no folder {tmp_path / 'mnli'}, so mnli" in capsys.readouterr().out) == says
 
 
 def test_an_interrupted_fresh_table_says_how_it_goes_on_and_then_does_the_rest(
@@ -343,7 +343,7 @@ def test_an_interrupted_fresh_table_says_how_it_goes_on_and_then_does_the_rest(
     monkeypatch.setattr(sys, "argv", ["table", *own, "--fresh"])
     with pytest.raises(SystemExit, match="130"):
         script.main()
-    (since,) = re.findall(r"with FRESH=(\S+) it goes on", capsys.readouterr().err)
+    (since,) = re.findall(r"with FRESH=(\S+) to resume", capsys.readouterr().err)
     monkeypatch.setattr(Instant, "finish", staticmethod(finish))
     make_table(tmp_path, "--fresh", since)
     optimizers = [part for overrides in ran for part in overrides if part.startswith("optimizer=")]
@@ -426,11 +426,11 @@ def test_a_launcher_gets_the_runs_of_a_row_as_one_sweep(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("seconds", "at_start", "elapsed_s", "text"),
     [
-        (7200.0, 7200.0, 0.0, "left, one after the other: about 2.0 h"),
+        (7200.0, 7200.0, 0.0, "left, one after another: about 2.0 h"),
         (3600.0, 7200.0, 1800.0, "about 30.0 min left at this pace"),  # two at a time
-        (8000.0, 7200.0, 600.0, "left, one after the other: about 2.2 h"),  # a grid grew
-        (None, 7200.0, 600.0, "left, one after the other: unknown time"),
-        (7200.0, None, 600.0, "left, one after the other: about 2.0 h"),
+        (8000.0, 7200.0, 600.0, "left, one after another: about 2.2 h"),  # a grid grew
+        (None, 7200.0, 600.0, "left, one after another: unknown time"),
+        (7200.0, None, 600.0, "left, one after another: about 2.0 h"),
     ],
 )
 def test_the_time_left_is_by_the_pace_so_far(
