@@ -32,9 +32,9 @@ Dtype dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-// Dtype and device as torch numbers them. Tensor::scalar_type() and device() compare the number with
-// every possible one, with a call into torch for each, which takes longer than the step of a small
-// parameter.
+// Dtype and device as torch numbers them. Tensor::scalar_type() and device() compare the number
+// with every possible one, with a call into torch for each, which takes longer than the step of a
+// small parameter.
 int32_t dtype_number(const Tensor& t) {
   int32_t number;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));

@@ -13,10 +13,10 @@ struct State {
       error_max, thresholds;
 };
 
-// Converting Python's lists to these takes longer than the step of small parameters. So a caller may
-// do it once, with microadam::hold_state, and pass what that returns: a tensor whose memory is this
-// object and which deletes it. It holds tensors, not pointers into them: the next step sees whatever
-// was done to one in place, even a new storage, and checks it like any other.
+// Converting Python's lists to these takes longer than the step of small parameters. So a caller
+// may do it once, with microadam::hold_state, and pass what that returns: a tensor whose memory is
+// this object and which deletes it. It holds tensors, not pointers into them: the next step sees
+// whatever was done to one in place, even a new storage, and checks it like any other.
 struct HeldState {
   const HeldState* self;  // distinguishes it from the memory of any other tensor
   State state;

@@ -1,4 +1,4 @@
-// accumulator = gradient + error feedback, with a list of the elements that may be among the largest.
+// accumulator = gradient + error feedback, with a list of candidates for the largest.
 #pragma once
 
 #include "block.h"
@@ -105,8 +105,8 @@ int accumulate_buckets(const Grad* grad, const uint8_t* codes, int num_buckets, 
     // One vector holds what each of the 16 codes stands for: to dequantize is to look up.
     const __m512 low = _mm512_set1_ps(bucket_min[b]), unit = _mm512_set1_ps(bucket_unit[b]);
     const __m512 feedback = _mm512_add_ps(_mm512_mul_ps(levels, unit), low);
-    // Stores sixteen accumulators; returns which of them are above. Only the low four bits of a code
-    // are used.
+    // Stores sixteen accumulators; returns which of them are above. Only the low four bits of a
+    // code are used.
     const auto accumulate = [&](int i, __m512i code) {
       __m512 value = load_16(grad + i);
       if constexpr (kIsScaled) value = _mm512_mul_ps(value, scale);

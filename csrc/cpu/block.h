@@ -128,8 +128,8 @@ inline void prefetch_state(const Settings& s, const Block& next) {
 
 // Fetches the next block's gradient and parameters, 16 elements of each at a time. The work on this
 // block calls `advance` a little more often than there are such pieces (256 in 4,096 elements),
-// spaced as evenly in time as possible: fetched in bursts, the lines arrive late, and the step takes
-// a sixth longer.
+// spaced as evenly in time as possible: fetched in bursts, the lines arrive late, and the step
+// takes a sixth longer.
 template <class Param, class Grad>
 class Prefetcher {
  public:

@@ -123,8 +123,8 @@ MICROADAM_INLINE void encode_bucket(const float* residual, float low, float inve
 constexpr int kLanes = sizeof(Floats) / sizeof(float);
 static_assert(kLanes <= kSpareBuckets, "the scratch memory has no room");
 
-// The ranges of as many buckets of 64 as a vector has lanes: stored both as the next error
-// feedback's and in the form that encodes this one.
+// The ranges of as many buckets of 64 as a vector has lanes, stored twice: for the next step to
+// dequantize with, and in the form that the encoding here needs.
 inline void find_ranges(const float* residual, float kept_share, BFloat16* minimum,
                         BFloat16* maximum, float* lows, float* inverses) {
   Floats lowest[kLanes], highest[kLanes];

@@ -9,8 +9,9 @@ namespace {
 
 typedef int32_t EightInts __attribute__((vector_size(32)));
 
-// The magnitudes, as bits, of the largest of every eight elements: of each 64 elements, every column
-// of eight gives one value. Those left over are values themselves. Returns the number of values.
+// The magnitudes, as bits, of the largest of every eight elements: of each 64 elements, every
+// column of eight gives one value. Those left over are values themselves. Returns the number of
+// values.
 inline int find_group_maxima(const float* accumulator, int length, int32_t* maxima) {
   int count = 0, i = 0;
   for (; i + 64 <= length; i += 64, count += 8) {
@@ -99,7 +100,7 @@ inline bool select_top_k(const Block& block, int count, bool has_zero_rows, Scra
   // A bound that exactly k magnitudes reach; if ties allow none, the k-th magnitude itself.
   const int32_t kth =
       find_bound(magnitudes, count, k, 0, static_cast<int32_t>(bits_of(edge)), largest);
-  // Extrapolates from the two known thresholds to one that the wanted number would reach.
+  // A threshold that the wanted number would reach, on the line through the two known ones.
   const float slope = (float_of(kth) - edge) / static_cast<float>(count - k + 1);
   *block.threshold = std::max(0.5f * edge, edge + slope * static_cast<float>(count - num_wanted));
 

@@ -2,8 +2,8 @@
 //
 // A full block of the default size stays in registers and shared memory from its gradient to its
 // new error feedback (RegisterBlock, whose can_hold lists the conditions), so that every byte moves
-// once. Other blocks, including the tails of parameters, are read again in every pass (MemoryBlock):
-// simple, but slower.
+// once. Other blocks, including the tails of parameters, are read again in every pass
+// (MemoryBlock): simple, but slower.
 //
 // Everything is deterministic: the order of atomic operations affects only the places of candidates
 // in a list, and these affect no result.

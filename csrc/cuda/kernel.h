@@ -47,8 +47,8 @@ struct Settings {
 };
 
 // Tables are passed as a kernel argument, so that a step needs neither memory nor a copy and can be
-// captured in a graph. Every launch sends its whole table, filled or not, and under gradient release
-// there is one parameter in it: the budget stays below the 32 KB that CUDA allows.
+// captured in a graph. Every launch sends its whole table, filled or not, and under gradient
+// release there is one parameter in it: the budget stays below the 32 KB that CUDA allows.
 // Arguments of more than 4 KB need driver R530 or newer, which CUDA 13 guarantees and CUDA 12 does
 // not.
 #if CUDART_VERSION >= 13000

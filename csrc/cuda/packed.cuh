@@ -41,8 +41,8 @@ __device__ uint32_t maxima(uint32_t a, uint32_t b) {
 #endif
 }
 
-// Shifts a byte into `codes` from the low end: two levels, rounded down and clamped to 4 bits, `low`
-// in the low half.
+// Shifts a byte into `codes` from the low end: two levels, rounded down and clamped to 4 bits,
+// `low` in the low half.
 __device__ uint32_t shift_in_codes(float low, float high, uint32_t codes) {
   // Scaled by 2^-149, the smallest float, a level becomes a subnormal number whose bits are the
   // level rounded down to an integer. That needs subnormal numbers: never compile with -ftz=true.
