@@ -1,15 +1,15 @@
-"""Builds the native library beside the package; everything else stands in pyproject.toml.
+"""Builds the native library beside the package; everything else is in pyproject.toml.
 
-Without a C++ compiler, or without torch at hand, the package is installed all the same and steps in
-plain torch. ``CXX`` names the compiler; ``MICROADAM_SANITIZE=1`` builds for ``make sanitize``.
+Without a C++ compiler or torch, the package is still installed and steps in plain torch. ``CXX``
+names the compiler; ``MICROADAM_SANITIZE=1`` builds for ``make sanitize``.
 
-Where there is a GPU, and an nvcc of torch's CUDA version in ``CUDA_HOME`` or on the path, the CUDA
-kernels are built, too, for the GPUs at hand. ``MICROADAM_CUDA_ARCHITECTURES="8.0 9.0"`` asks for
-these architectures instead, ``all`` for every one below; what is asked for and cannot be built
-fails the build.
+If there is a GPU, and an nvcc of torch's CUDA version in ``CUDA_HOME`` or on the path, the CUDA
+kernels are built too, for this machine's GPUs. ``MICROADAM_CUDA_ARCHITECTURES="8.0 9.0"`` requests
+those architectures instead, ``all`` every one listed below; if a requested one cannot be built, the
+build fails.
 
-The library is built against torch's stable ABI. It depends on no Python version, and so the wheel
-is tagged for every one.
+The library is built against torch's stable ABI and does not depend on the Python version, so one
+wheel is tagged for all of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SOURCES = ("library.cpp", "cpu/step.cpp", "cpu/kernel_generic.cpp")
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 # Results must not depend on the compiler: no contraction to fused multiply-adds, no fast math.
-# -fno-math-errno and -fno-trapping-math change no result; they let loops be vectorized.
+# -fno-math-errno and -fno-trapping-math change no result; they allow loops to be vectorized.
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -57,8 +57,8 @@ CUDA_FLAGS = (  # packed.cuh needs subnormal numbers: never add -ftz=true
     "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 )
-# choose_kernel() in cpu/step.cpp asks a machine for the same. The AVX-512 kernel uses 512-bit
-# intrinsics where they pay; the loops that the compiler vectorizes are too short for 512 bits.
+# choose_kernel() in cpu/step.cpp checks the machine for the same features. The AVX-512 kernel uses
+# 512-bit intrinsics where they pay; the loops the compiler vectorizes are too short for 512 bits.
 AVX2_FLAGS = ("-mavx2", "-mf16c", "-mbmi", "-mpopcnt")
 AVX512_FLAGS = (
     *AVX2_FLAGS,
@@ -74,7 +74,7 @@ SANITIZERS = "-fsanitize=address,undefined"
 
 
 class CannotBuildError(Exception):
-    """The native library cannot be built here; says why."""
+    """The native library cannot be built here; the message says why."""
 
 
 def find_compiler() -> list[str]:
@@ -129,7 +129,7 @@ def output_of(command: list[str]) -> str:
 
 
 def architectures_at_hand(nvcc: str) -> list[str]:
-    """Of this machine's GPUs, where their driver is sure to take what this nvcc makes."""
+    """Those of this machine's GPUs, if their driver is sure to accept this nvcc's output."""
     import torch
 
     if not torch.cuda.is_available():
@@ -145,7 +145,7 @@ def architectures_at_hand(nvcc: str) -> list[str]:
 
 
 def cuda_architecture_flags(nvcc: str) -> list[str]:
-    """Code for every architecture that is wanted and known, and PTX of the last for later ones."""
+    """Flags for every architecture that is wanted and known, and PTX of the last for newer ones."""
     wanted = os.environ.get("MICROADAM_CUDA_ARCHITECTURES", "").split()
     names = CUDA_ARCHITECTURES.split() if wanted == ["all"] else wanted
     names = [name.replace(".", "") for name in names or architectures_at_hand(nvcc)]
@@ -159,10 +159,10 @@ def cuda_architecture_flags(nvcc: str) -> list[str]:
 
 
 def build_cuda(objects: Path, torch_flags: list[str], compiler: list[str]) -> tuple[str, list[str]]:
-    """Compiles csrc/cuda; returns nvcc, which must link, and the object files.
+    """Compiles csrc/cuda; returns nvcc, which must do the linking, and the object files.
 
     Raises:
-        CannotBuildError: nvcc is missing or too old, torch knows no CUDA, or a command fails.
+        CannotBuildError: nvcc is missing or too old, torch has no CUDA, or a command fails.
     """
     nvcc = find_nvcc()
     if len(compiler) > 1:
@@ -195,7 +195,7 @@ def build_native(objects: Path, target: Path) -> None:
     try:
         nvcc, cuda_outputs = build_cuda(objects, torch_flags, compiler)
     except CannotBuildError as error:
-        if os.environ.get("MICROADAM_CUDA_ARCHITECTURES"):  # what is asked for must not be missing
+        if os.environ.get("MICROADAM_CUDA_ARCHITECTURES"):  # requested, so it must be built
             raise
         print(f"MicroAdam is built without its CUDA kernels: {error}", file=sys.stderr)
 
@@ -214,7 +214,7 @@ def build_native(objects: Path, target: Path) -> None:
         list(pool.map(run, commands))
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu"]
     if cuda_outputs:
-        # The CUDA runtime becomes part of the library, and must not meet torch's own.
+        # The CUDA runtime is linked in statically, and must not clash with torch's own.
         link = [nvcc, "-ccbin", compiler[0], "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
     else:
         link = [*compiler, *([SANITIZERS] if sanitize else [])]
@@ -223,7 +223,7 @@ def build_native(objects: Path, target: Path) -> None:
 
 
 class BuildNative(build_ext):
-    """Builds the library where setuptools wants an extension module."""
+    """Builds the library where setuptools expects an extension module."""
 
     def run(self) -> None:
         folder = ROOT if self.inplace else Path(self.build_lib)
@@ -231,7 +231,7 @@ class BuildNative(build_ext):
         try:
             build_native(Path(self.build_temp), target)
         except CannotBuildError as error:
-            target.unlink(missing_ok=True)  # an older one would not fit these sources
+            target.unlink(missing_ok=True)  # an older one would not match these sources
             if os.environ.get("MICROADAM_CUDA_ARCHITECTURES"):
                 message = f"MICROADAM_CUDA_ARCHITECTURES asks for CUDA kernels: {error}"
                 raise CompileError(message) from error
@@ -250,7 +250,7 @@ class BuildNative(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """Tags the wheel py3-none-PLATFORM: native code, but of no Python version."""
+    """Tags the wheel py3-none-PLATFORM: native code, but for any Python version."""
 
     def get_tag(self) -> tuple[str, str, str]:
         _, _, platform_tag = super().get_tag()
@@ -265,6 +265,6 @@ class NativeDistribution(Distribution):
 setup(
     distclass=NativeDistribution,
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
-    # Only a name: it makes setuptools run build_ext.
+    # A name only: it makes setuptools run build_ext.
     ext_modules=[Extension("microadam._native", sources=[])],
 )

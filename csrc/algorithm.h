@@ -4,8 +4,8 @@
 // operation in the same order. Build without contraction (-ffp-contract=off, nvcc -fmad=false) and
 // without -ffast-math.
 //
-// The functions stand in an unnamed namespace: the CPU kernel is compiled once for every
-// instruction set, and the linker must not merge a copy that uses AVX2 with one that must not.
+// The functions are in an unnamed namespace: the CPU kernel is compiled once for each instruction
+// set, and the linker must not merge a copy that uses AVX2 with one that must not.
 #pragma once
 
 #include <cmath>
@@ -91,7 +91,7 @@ MICROADAM_FN float round_to<float>(float value) {
 
 template <>
 MICROADAM_FN BFloat16 round_to<BFloat16>(float value) {
-#if defined(__CUDA_ARCH__)  // one instruction for the same, but for the bits of a NaN
+#if defined(__CUDA_ARCH__)  // one instruction that does the same, except for the bits of a NaN
   uint16_t result;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
   return {result};
@@ -131,8 +131,8 @@ MICROADAM_FN float dequantize(uint32_t code, float minimum, float unit) {
   return static_cast<float>(code) * unit + minimum;
 }
 
-// What `quantize` multiplies by: 1 / unit, and 0, which makes all codes 0, where the unit is 0 or
-// subnormal, when the reciprocal may overflow.
+// What `quantize` multiplies by: 1 / unit; or 0, which makes all codes 0, if the unit is 0 or
+// subnormal and the reciprocal might overflow.
 MICROADAM_FN float inverse_unit(float unit) { return unit >= kMinUnit ? 1.0f / unit : 0.0f; }
 
 // The code, before rounding down and clamping.
@@ -154,8 +154,8 @@ MICROADAM_FN float parameter_update(float first_sum, float second_sum, const Upd
 }
 
 // ---------------------------------------------------------------------------------------------
-// Stochastic rounding with the bits of Philox4x32-10 (microadam/rounding.py tells how they are
-// dealt out: 16 bits an element, 8 elements a call).
+// Stochastic rounding with the bits of Philox4x32-10 (microadam/rounding.py describes how they are
+// dealt out: 16 bits per element, 8 elements per call).
 
 // The four words of call number `call`: the random bits of the elements [8 call, 8 call + 8).
 MICROADAM_FN void philox(const RoundingKey& key, uint64_t call, uint32_t (&words)[4]) {
@@ -163,7 +163,7 @@ MICROADAM_FN void philox(const RoundingKey& key, uint64_t call, uint32_t (&words
   uint32_t c3 = static_cast<uint32_t>(call >> 32);
   uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
 #if defined(__CUDA_ARCH__)
-#pragma unroll 1  // else the keys of all rounds are made even where nothing is rounded at random
+#pragma unroll 1  // else the keys of all rounds are computed even if nothing is rounded at random
 #endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53u} * c0;
@@ -197,7 +197,7 @@ MICROADAM_FN float round_stochastically<float>(float value, uint32_t) {
 
 template <>
 MICROADAM_FN BFloat16 round_stochastically<BFloat16>(float value, uint32_t bits) {
-  // All bits of a GPU's NaN are set but the sign: an addition would make it -0.
+  // A GPU's NaN has all bits set but the sign: an addition would turn it into -0.
   if (magnitude_bits(value) > 0x7f800000u) return round_to<BFloat16>(value);
   return round_to<BFloat16>(float_of((bits_of(value) + bits) & 0xffff0000u));
 }

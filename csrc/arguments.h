@@ -33,8 +33,8 @@ Dtype dtype_of(const Tensor& t, const char* name) {
 }
 
 // Dtype and device as torch numbers them. Tensor::scalar_type() and device() compare the number
-// with every one that it might be, a call into torch for each, which takes longer than the step of
-// a small parameter.
+// with every possible one, with a call into torch for each, which takes longer than the step of a
+// small parameter.
 int32_t dtype_number(const Tensor& t) {
   int32_t number;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &number));
@@ -52,7 +52,7 @@ struct DeviceNumber {
   }
 };
 
-// The tensor's memory, after checking that it holds `numel` elements of a dtype in a row.
+// The tensor's memory, after checking that it holds `numel` contiguous elements of a dtype.
 template <class T>
 T* memory(const Tensor& t, const DeviceNumber& device, int32_t dtype, int64_t numel,
           const char* name) {

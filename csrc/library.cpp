@@ -31,7 +31,7 @@ Tensor hold_state(const std::vector<Tensor>& steps, const std::vector<Tensor>& w
                                   [](void* data) { delete static_cast<HeldState*>(data); });
 }
 
-// The name of the kernel that runs on this kind of device; empty where none was built.
+// The name of the kernel that runs on this type of device; empty if none was built.
 std::string native_kernel(const std::string& device_type) {
   if (device_type == "cpu") return microadam::cpu_kernel();
 #if defined(MICROADAM_WITH_CUDA)

@@ -24,7 +24,7 @@ struct Parameter {
                         // at the next step; 0 before the first
   int32_t k;            // entries of a window slot: as many as the longest block needs
   int32_t last_k;       // entries that the last block uses
-  uint32_t ordinal;     // tells the random bits of one parameter, or shard, from those of others
+  uint32_t ordinal;     // gives each parameter, or shard, random bits of its own
   int32_t first_block;  // index among the blocks of all parameters that are stepped together
 };
 

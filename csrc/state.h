@@ -13,12 +13,12 @@ struct State {
       error_max, thresholds;
 };
 
-// Turning Python's lists into these takes longer than the step of small parameters. So a caller may
-// do it once, with microadam::hold_state, and pass what that returns: a tensor whose memory is this
-// object and which deletes it. It holds tensors, not pointers into them: the next step sees what
-// has been done to one in place, a new storage included, and checks it like any other.
+// Converting Python's lists to these takes longer than the step of small parameters. So a caller
+// may do it once, with microadam::hold_state, and pass what that returns: a tensor whose memory is
+// this object and which deletes it. It holds tensors, not pointers into them: the next step sees
+// whatever was done to one in place, even a new storage, and checks it like any other.
 struct HeldState {
-  const HeldState* self;  // tells it from the memory of any other tensor
+  const HeldState* self;  // distinguishes it from the memory of any other tensor
   State state;
 };
 

@@ -1,4 +1,4 @@
-"""MicroAdam: an Adam variant whose optimizer state takes about 0.96 bytes a parameter instead of 8.
+"""MicroAdam: an Adam variant with about 0.96 bytes of optimizer state per parameter, not 8.
 
 Modoranu et al., "MicroAdam: Accurate Adaptive Optimization with Low Space Overhead and Provable
 Convergence", NeurIPS 2024, arXiv:2405.15593.

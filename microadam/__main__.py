@@ -12,7 +12,7 @@ from microadam.self_test import check_kernel
 
 
 def report() -> str:
-    """What a bug report should hold: versions, the kernel of each kind of device, threads."""
+    """What a bug report should contain: versions, the kernel for each device type, threads."""
     lines = {
         "microadam": __version__,
         "Python": platform.python_version(),

@@ -1,16 +1,15 @@
 """Sharded parameters, and optimizer state that moves from one sharding to another.
 
-A process steps the shard of a DTensor it holds (FSDP2) as a tensor of its own: blocks and buckets
-are counted from the shard's first element, so no step needs communication. In a state dict the
-state of a DTensor stands below the name of its shard, such as ``[0:128, 0:64]``. No two shards
-share a name, so torch.distributed.checkpoint stores each once, and nothing can be taken for the
-state of another shard.
+A process steps its shard of a DTensor (FSDP2) as a tensor in its own right: blocks and buckets are
+counted from the shard's first element, so no step needs communication. In a state dict the state of
+a DTensor is stored under the name of its shard, such as ``[0:128, 0:64]``. No two shards share a
+name, so torch.distributed.checkpoint stores each one once, and none can be mistaken for another.
 
-`assemble` makes the state of any shard from the saved shards that cover it. Blocks that both
-shardings cut alike are copied bit for bit. Of the others, the error feedback is dequantized and
-quantized anew, and each slot of the window keeps the k largest entries of every new block. An
-entry beyond k goes back into the error feedback with the share of its weight in the first moment
-that it has not spent yet.
+`assemble` builds the state of any shard from the saved shards that cover it. Blocks that are the
+same in both shardings are copied bit for bit. For the others, the error feedback is dequantized and
+requantized, and each slot of the window keeps the k largest entries of every new block. An entry
+beyond k returns to the error feedback, scaled by the share of its weight in the first moment that
+has not been spent yet.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.tensor import DTensor
 
-State = dict[str, Tensor]  # as `BlockLayout.state_spec` says
+State = dict[str, Tensor]  # as specified by `BlockLayout.state_spec`
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Shard:
 
     @classmethod
     def of(cls, p: Tensor) -> Shard:
-        """This process's shard of a DTensor; of any other tensor the whole."""
+        """This process's shard of a DTensor; for any other tensor, the whole."""
         shape = tuple(p.shape)
         if not is_sharded(p):
             return cls(shape, tuple((0, size) for size in shape))
@@ -56,7 +55,7 @@ class Shard:
         """The shard that ``name`` names.
 
         Raises:
-            ValueError: the name is none, or of a shard of a parameter of another shape.
+            ValueError: it is not the name of a shard, or not of a parameter of this shape.
         """
         parts = [part.split(":") for part in name.strip("[]").split(", ") if part]
         if all(len(part) == 2 and part[0].isdigit() and part[1].isdigit() for part in parts):
@@ -75,29 +74,29 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Its bounds in each dimension, such as ``[0:128, 0:64]``."""
+        """The bounds in each dimension, such as ``[0:128, 0:64]``."""
         return "[" + ", ".join(f"{first}:{end}" for first, end in self.bounds) + "]"
 
     @property
     def numel(self) -> int:
-        """Elements, 0 where the shard is empty."""
+        """Number of elements; 0 if the shard is empty."""
         return math.prod(end - first for first, end in self.bounds)
 
     @property
     def is_of_rows(self) -> bool:
-        """Cut in dimension 0 alone, so that its elements follow one another in the parameter."""
+        """Whether only dimension 0 is cut, so that the elements are contiguous in the parameter."""
         whole = zip(self.bounds[1:], self.param_shape[1:], strict=True)
         return all(bounds == (0, size) for bounds, size in whole)
 
     @property
     def first_element(self) -> int:
-        """Index in the flattened parameter of the first element of a shard of rows."""
+        """Index in the flattened parameter of the first element; for a shard of rows only."""
         return self.bounds[0][0] * math.prod(self.param_shape[1:]) if self.bounds else 0
 
     def needs(self, saved: Shard) -> bool:
-        """Whether this shard's state is made from the saved one's.
+        """Whether the saved shard's state is needed to build this one's.
 
-        An empty shard needs any saved one, for its step count.
+        An empty shard needs any saved one, for the step count.
         """
         pairs = zip(self.bounds, saved.bounds, strict=True)
         overlaps = all(max(a[0], b[0]) < min(a[1], b[1]) for a, b in pairs)
@@ -105,7 +104,7 @@ class Shard:
 
 
 def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor; told without importing that class, which takes a second."""
+    """Whether this is a DTensor, without importing that class, which takes a second."""
     return hasattr(t, "to_local")
 
 
@@ -115,12 +114,12 @@ def local(t: Tensor) -> Tensor:
 
 
 def geometry_of(group: Mapping[str, Any]) -> Geometry:
-    """The hyperparameters of a parameter group that decide how elements fall into blocks."""
+    """The hyperparameters of a parameter group that determine its division into blocks."""
     return group["window_size"], group["density"], group["bucket_size"], group["block_size"]
 
 
 def layout_of(numel: int, group: Mapping[str, Any]) -> BlockLayout:
-    """How ``numel`` elements fall into blocks with the hyperparameters of a parameter group."""
+    """How ``numel`` elements are split into blocks under a parameter group's hyperparameters."""
     return BlockLayout.of(numel, *geometry_of(group))
 
 
@@ -128,7 +127,7 @@ def by_shard(saved: Mapping[str, Any], param_shape: tuple[int, ...]) -> dict[Sha
     """The saved state of one parameter by shard, whether it was saved sharded or whole.
 
     Raises:
-        ValueError: an entry is no shard of a parameter of this shape.
+        ValueError: an entry is not a shard of a parameter of this shape.
     """
     if saved and all(isinstance(value, Mapping) for value in saved.values()):
         return {Shard.named(name, param_shape): value for name, value in saved.items()}
@@ -136,12 +135,12 @@ def by_shard(saved: Mapping[str, Any], param_shape: tuple[int, ...]) -> dict[Sha
 
 
 def assemble(saved: dict[Shard, State], shard: Shard, group: Mapping[str, Any]) -> State:
-    """The state of ``shard`` from the saved shards.
+    """The state of ``shard``, built from the saved shards.
 
     Args:
-        saved: shards that may hold more than is needed; the state of each fits its
-            `microadam.BlockLayout`. That of ``shard`` itself, where it is there, is returned as it
-            is.
+        saved: the saved shards, possibly more than are needed; the state of each fits its
+            `microadam.BlockLayout`. If ``shard`` itself is among them, its state is returned
+            unchanged.
         group: the parameter group that the state was saved with.
 
     Raises:
@@ -196,12 +195,12 @@ def template(
         >>> set_optimizer_state_dict(model, optimizer, optim_state_dict=wanted)
 
     Args:
-        parameters: the optimizer's parameters by the name they were saved with.
-        metadata: of a checkpoint that holds what ``get_optimizer_state_dict`` returned.
-        path: the keys under which it holds it.
+        parameters: the optimizer's parameters by the name they were saved under.
+        metadata: of a checkpoint that contains what ``get_optimizer_state_dict`` returned.
+        path: the keys under which the checkpoint stores it.
 
     Returns:
-        The entry ``state`` of the optimizer's state dict; its tensors lie on the CPU, not filled.
+        The entry ``state`` of the optimizer's state dict; its tensors are on the CPU, not filled.
     """
     wanted: dict[str, dict[str, Any]] = {}
     parents = (*path, "state")
@@ -216,7 +215,7 @@ def template(
             for shard in saved_shards:
                 entries = entries.setdefault(shard.name, {})
             saved: Any = metadata.state_dict_metadata[key]
-            # storage_order, a list, is stored as bytes, which replace whatever stands here.
+            # storage_order, a list, is stored as bytes, which replace whatever value is given here.
             entries[entry] = (
                 torch.empty(saved.size, dtype=saved.properties.dtype, device="cpu")
                 if hasattr(saved, "size")
@@ -227,7 +226,7 @@ def template(
 
 @dataclass(frozen=True)
 class _Cut:
-    """A run of the flattened parameter's elements, and how it falls into blocks."""
+    """A run of the flattened parameter's elements, and how it is split into blocks."""
 
     first: int
     layout: BlockLayout
@@ -240,14 +239,14 @@ class _Cut:
         return min(self.layout.block_size, self.layout.numel - block * self.layout.block_size)
 
     def common_blocks(self, other: _Cut) -> tuple[int, int, int]:
-        """Blocks that both cut alike: the first of them here and there, and their number."""
+        """The blocks that both have in common: the first one's index in each, and their number."""
         distance, rest = divmod(other.first - self.first, self.layout.block_size)
         own, theirs = max(0, distance), max(0, -distance)
         count = max(0, min(self.layout.num_blocks - own, other.layout.num_blocks - theirs))
         if rest:
             return own, theirs, 0
         if count and self.length_of(own + count - 1) != other.length_of(theirs + count - 1):
-            count -= 1  # the last one ends here and goes on there
+            count -= 1  # the last one ends in one cut and continues in the other
         return own, theirs, count
 
 
@@ -264,14 +263,14 @@ def _copy_blocks(
         to[name][to_block : to_block + count, :, :k] = source[name][block : block + count, :, :k]
     buckets_a_block = layout.block_size // layout.bucket_size
     for name, size in (("error", layout.bucket_size // 2), ("error_min", 1), ("error_max", 1)):
-        entries = buckets_a_block * size  # the slices end early at a shorter last block
+        entries = buckets_a_block * size  # slicing stops early at a shorter last block
         to[name][to_block * entries : (to_block + count) * entries] = source[name][
             block * entries : (block + count) * entries
         ]
 
 
 def _convert(state: State, cut: _Cut, pieces: list[tuple[_Cut, State]], beta1: float) -> None:
-    """Fills window and error feedback from the pieces' by value, in float32."""
+    """Fills the window and error feedback from the values of the pieces', in float32."""
     layout, step = cut.layout, int(state["step"])
     error = _gather(cut, [(piece, _dense_error(s, piece.layout)) for piece, s in pieces])
     for slot in range(min(step, layout.window_size)):
@@ -295,7 +294,7 @@ def _convert(state: State, cut: _Cut, pieces: list[tuple[_Cut, State]], beta1: f
 
 
 def _gather(cut: _Cut, pieces: list[tuple[_Cut, Tensor]]) -> Tensor:
-    """The part of ``cut`` from the flat tensors of the pieces that cover it, in their order."""
+    """The elements of ``cut``, from the flat tensors of the pieces that cover it, in order."""
     return torch.cat(
         [dense[max(0, cut.first - c.first) : max(0, cut.end - c.first)] for c, dense in pieces]
     )
@@ -311,7 +310,7 @@ def _dense_slot(state: State, layout: BlockLayout, slot: int) -> Tensor:
     dense = torch.zeros(layout.numel, dtype=torch.float32, device=state["error"].device)
     for blocks, values, k in _segments(dense, layout):
         index = state["window_indices"][blocks, slot, :k].long()
-        # Added: where a block skipped its first steps, index 0 stands k times, with value 0.
+        # Added, not assigned: a block that skipped its first steps has k times index 0, value 0.
         values.scatter_add_(1, index, state["window_values"][blocks, slot, :k].float())
     return dense
 

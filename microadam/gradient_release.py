@@ -1,7 +1,7 @@
 """Gradient release: each parameter is stepped in the backward pass and its gradient freed at once.
 
-The gradients of a whole model, as large as its weights, are then never alive together: the most is
-about one layer's. AdaLomo and LOMO (arXiv:2306.09782) call this a fused backward pass.
+The gradients of a whole model, as large as its weights, then never exist all at once: at most about
+one layer's do. AdaLomo and LOMO (arXiv:2306.09782) call this a fused backward pass.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ def enable_gradient_release(
     """Makes every backward pass a step: a parameter moves as soon as its gradient is complete.
 
     The result is bit for bit that of ``loss.backward(); optimizer.step(); optimizer.zero_grad()``.
-    Keep the call of ``optimizer.step()``: it steps what was not released (parameters added or
+    Keep the call to ``optimizer.step()``: it steps whatever was not released (parameters added or
     unfrozen since), runs the step hooks and counts for the learning rate schedule, whose rate the
-    next backward pass uses. Between the two, what reads ``p.grad`` is told that it is gone.
+    next backward pass uses. Between the two, any use of ``p.grad`` raises an error.
 
-    One backward pass is one step, so these are refused with an error, at the latest when they first
-    touch a gradient (after a ``GradScaler``'s first backward pass, whose steps are wrong already):
-    accumulation over micro-batches (use a larger one with activation
+    One backward pass is one step, so the following are refused with an error, at the latest when
+    they first touch a gradient (for ``GradScaler``, after its first backward pass, whose steps are
+    already wrong): accumulation over micro-batches (use a larger one with activation
     checkpointing), clipping by the global norm, ``GradScaler``, closures, DDP. FSDP2 is fine: it
-    hands over each shard's gradient once it has been reduced across the processes. An error in the
-    backward pass leaves the parameters before it stepped and the others not.
+    hands over each shard's gradient once it has been reduced across the processes. If the backward
+    pass fails, the parameters it had already reached have been stepped and the others have not.
 
     Args:
-        model: its parameters that ``optimizer`` holds and that require a gradient now are released.
-            In several processes all of them must be shards, made by ``fully_shard``.
-            Tied parameters and activation checkpointing are fine; with tied parameters the
-            checkpoints must be of the kind ``use_reentrant=False``.
+        model: those of its parameters that ``optimizer`` holds and that currently require a
+            gradient are released. With several processes all of them must be shards, made by
+            ``fully_shard``. Tied parameters and activation checkpointing are fine; with tied
+            parameters the checkpoints must use ``use_reentrant=False``.
         optimizer: a `MicroAdam`.
-        clip_value: clips every element of a gradient to ``[-clip_value, clip_value]`` first.
-        max_param_grad_norm: then scales each parameter's gradient to at most this norm of its own;
-            of a sharded one to the norm over all shards.
+        clip_value: first clips every element of a gradient to ``[-clip_value, clip_value]``.
+        max_param_grad_norm: then scales each parameter's gradient to at most this norm; for a
+            sharded parameter the norm is taken over all shards.
 
     Returns:
-        A handle; its ``remove()`` brings the plain step back.
+        A handle; its ``remove()`` restores the plain step.
 
     Raises:
         TypeError: the optimizer is not a `MicroAdam`.
         ValueError: a bound is not greater than 0, or the optimizer holds no parameter of the model.
-        RuntimeError: it is enabled for one of the parameters already, a gradient is left from
-            before, or a gradient would not be complete yet: under DDP, in several processes without
-            FSDP2, with CPU offloading.
+        RuntimeError: gradient release is already enabled for one of the parameters, a gradient is
+            left over, or gradients would still be incomplete: under DDP, in several processes
+            without FSDP2, with CPU offloading.
 
     Example:
         >>> optimizer = MicroAdam(model.parameters(), lr=1e-4)
@@ -83,7 +83,7 @@ def enable_gradient_release(
 
 
 def _require_complete_gradients(model: torch.nn.Module, params: Collection[Tensor]) -> None:
-    """Refuses what adds to a gradient, or still copies it, when the hook of its parameter runs."""
+    """Refuses setups that still reduce or copy a gradient when its parameter's hook runs."""
     is_initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
     num_processes = torch.distributed.get_world_size() if is_initialized else 1
     is_ddp = isinstance(model, DistributedDataParallel)
@@ -116,7 +116,7 @@ class GradientRelease:
         self._clip_value = clip_value
         self._max_param_grad_norm = max_param_grad_norm
         in_model = set(model.parameters())
-        # The place of each parameter, not its group: load_state_dict makes new groups.
+        # Indices rather than the groups themselves: load_state_dict creates new groups.
         places: dict[Tensor, tuple[int, int]] = {}
         ordinal = 0
         for group_index, group in enumerate(optimizer.param_groups):
@@ -150,17 +150,17 @@ class GradientRelease:
             _released[p] = True
 
     def remove(self) -> None:
-        """Ends it: from the next backward pass on gradients stay until ``optimizer.step()``."""
+        """Ends gradient release: from the next backward pass, gradients stay until ``step()``."""
         for hook in self._hooks:
             hook.remove()
         self._forget_placeholders()
         for p in self._params:
             if p in _released:
                 del _released[p]
-        self._hooks, self._params = [], []  # called again, it must not end a later handle's
+        self._hooks, self._params = [], []  # a second call must not end a later handle's release
 
     def _release(self, group_index: int, ordinal: int, p: Tensor) -> None:
-        if p.grad is None:  # a hook of the user's took it
+        if p.grad is None:  # a user's hook took it
             return
         if self._clip_value is not None:
             clip_grad_value_(p, self._clip_value)
@@ -192,15 +192,15 @@ def _placeholder(p: Tensor, dtype: torch.dtype) -> Tensor:
         return _ReleasedGradient(p, dtype)
     from torch.distributed.tensor import DTensor
 
-    # Not from_local, which makes a view. FSDP2 accumulates on the shard inside.
+    # Not from_local, which makes a view: FSDP2 accumulates on the shard inside.
     return DTensor(_ReleasedGradient(p.to_local(), dtype), p._spec, requires_grad=False)
 
 
 class _ReleasedGradient(Tensor):
-    """Stands for a gradient that was used and freed, until ``optimizer.step()``.
+    """Stands in for a gradient that was used and freed, until ``optimizer.step()``.
 
-    Without it a second backward pass would be a second step, and clipping by the global norm would
-    find no gradients and do nothing, both in silence. It takes no memory.
+    Without it a second backward pass would silently be a second step, and clipping by the global
+    norm would find no gradients and silently do nothing. It takes no memory.
     """
 
     @staticmethod

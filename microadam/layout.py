@@ -1,6 +1,6 @@
-"""How the elements of one parameter fall into top-k blocks and quantization buckets.
+"""How the elements of a parameter are split into top-k blocks and quantization buckets.
 
-Every shape, dtype and byte count of the optimizer state is decided here and nowhere else.
+Every shape, dtype and byte count of the optimizer state is determined here and nowhere else.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from functools import cache, cached_property
 
 import torch
 
-MAX_BLOCK_SIZE = 32_768  # an index inside a block must fit int16
+MAX_BLOCK_SIZE = 32_768  # an index within a block must fit int16
 
-# (window_size, density, bucket_size, block_size): with numel it determines a layout.
+# (window_size, density, bucket_size, block_size): with numel, this determines a layout.
 Geometry = tuple[int, float, int, int]
 
 
@@ -28,11 +28,11 @@ class Segment:
 
     @property
     def blocks(self) -> slice:
-        """Where its blocks lie among those of the parameter."""
+        """The range of its blocks among those of the parameter."""
         return slice(self.first_block, self.first_block + self.num_blocks)
 
     def elements(self, block_size: int) -> slice:
-        """Where its elements lie in the flattened parameter."""
+        """The range of its elements in the flattened parameter."""
         first = self.first_block * block_size
         return slice(first, first + self.num_blocks * self.length)
 
@@ -42,8 +42,8 @@ class BlockLayout:
     """The block and bucket geometry of a parameter with ``numel`` elements.
 
     The elements, in the parameter's own storage order, form consecutive *blocks* of
-    ``block_size``; Top-K works inside a block. Each block is made of *buckets* of ``bucket_size``
-    that share one quantization range. The last block and the last bucket may be shorter.
+    ``block_size``; Top-K works within a block. Each block consists of *buckets* of ``bucket_size``
+    elements that share one quantization range. The last block and the last bucket may be shorter.
     (Paper, section 3: "Efficient Implementation".) `microadam.MicroAdam` explains the arguments.
     """
 
@@ -62,27 +62,27 @@ class BlockLayout:
         return cls(numel, window_size, density, bucket_size, block_size)
 
     def k_of(self, length: int) -> int:
-        """Elements kept in a block of ``length`` elements: ``max(1, ceil(density * length))``."""
+        """Elements kept of a block of ``length`` elements: ``max(1, ceil(density * length))``."""
         return max(1, math.ceil(self.density * length))
 
     @cached_property
     def num_blocks(self) -> int:
-        """Blocks, a shorter last one included."""
+        """Number of blocks, including a shorter last one."""
         return -(-self.numel // self.block_size)
 
     @cached_property
     def num_buckets(self) -> int:
-        """Buckets, a shorter last one included."""
+        """Number of buckets, including a shorter last one."""
         return -(-self.numel // self.bucket_size)
 
     @cached_property
     def k(self) -> int:
-        """Elements kept in the parameter's longest block, the width of a window slot."""
+        """Elements kept of the parameter's longest block: the width of a window slot."""
         return self.k_of(min(self.numel, self.block_size))
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """The full blocks, then the shorter last block; either is left out where it is empty."""
+        """The full blocks, then the shorter last block; either is left out if there is none."""
         num_full, rest = divmod(self.numel, self.block_size)
         full = Segment(0, num_full, self.block_size, self.k_of(self.block_size))
         last = Segment(num_full, 1, rest, self.k_of(rest))
@@ -96,8 +96,8 @@ class BlockLayout:
           ``(step - 1) % window_size``.
         - ``window_indices``, ``window_values``: the sliding window of sparse gradients. Slots of a
           block shorter than the others use only their first entries.
-        - ``error``: the 4-bit codes of the error feedback, two per byte. In byte ``j`` of a bucket
-          the low half is code ``j``, the high half code ``j + bucket_size / 2``.
+        - ``error``: the 4-bit codes of the error feedback, two per byte. In byte ``j`` of a bucket,
+          the low half is code ``j`` and the high half code ``j + bucket_size / 2``.
         - ``error_min``, ``error_max``: the quantization range of each bucket.
         """
         window = (self.num_blocks, self.window_size, self.k)
@@ -116,7 +116,7 @@ class BlockLayout:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.state_spec.values())
 
     def new_state(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The state before the first step: no steps, an empty window, an error feedback of 0."""
+        """The state before the first step: step 0, an empty window, zero error feedback."""
         return {
             name: torch.zeros(shape, dtype=dtype, device=device)
             for name, (shape, dtype) in self.state_spec.items()

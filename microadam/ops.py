@@ -1,8 +1,8 @@
 """The fused MicroAdam step as a torch operator: its schema, its checks, and which code runs it.
 
-``torch.ops.microadam.step_`` steps all parameters that share device and dtypes in one call. Its
-default implementation is plain torch (`microadam.reference`) and serves every device. The native
-library beside this file, where it was built, adds faster ones, which torch's dispatcher prefers.
+``torch.ops.microadam.step_`` steps all parameters of the same device and dtypes in one call. Its
+default implementation is plain torch (`microadam.reference`) and runs on every device. The native
+library beside this file, if it was built, adds faster ones, which torch's dispatcher prefers.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _STATE_KEYS = ("step", "window_indices", "window_values", "error", "error_min", 
 _STATE_LISTS = ("steps", *_STATE_KEYS[1:], "thresholds")  # of the schema
 _state_tensors = itemgetter(*_STATE_KEYS)
 
-# Held tensors keep their memory until the next step, even where the user has replaced the state, by
-# a copy on the CPU for example. A larger state is not held: beside its step, the time that this
-# would save is nothing.
+# Held tensors keep their memory until the next step, even if the user has replaced the state, with
+# a copy on the CPU for example. A larger state is not held: the time saved would be negligible
+# compared with its step.
 MAX_HELD_BYTES = 1 << 28
 
 
 @cache
 def _wanted_backend() -> str:
-    """``MICROADAM_BACKEND``, read once: torch, native, or nothing for native where it is built.
+    """``MICROADAM_BACKEND``, read once: torch, native, or empty for native if it is built.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is anything else.
     """
     wanted = os.environ.get(BACKEND_VARIABLE, "")
     if wanted not in ("", "native", "torch"):
@@ -65,7 +65,7 @@ def _wanted_backend() -> str:
 
 @cache
 def load_native_library() -> str:
-    """Loads the native library; returns nothing, or the reason why plain torch runs every step.
+    """Loads the native library; returns "", or the reason why plain torch runs every step.
 
     Raises:
         ValueError: ``MICROADAM_BACKEND`` is neither ``torch`` nor ``native``.
@@ -79,7 +79,7 @@ def load_native_library() -> str:
             return ""
         except OSError as error:
             reason = f"it does not load with this torch ({error})"
-    if not _wanted_backend():  # else the step raises
+    if not _wanted_backend():  # otherwise the step raises
         warnings.warn(
             f"MicroAdam's native library is not used: {reason}. Steps run in plain torch, which is "
             "many times slower. To build it, install a C++17 compiler, then MicroAdam from its "
@@ -90,14 +90,14 @@ def load_native_library() -> str:
 
 
 def native_kernel(device_type: str) -> str:
-    """The native kernel for this kind of device, such as ``"AVX-512"``; empty where none is."""
+    """The native kernel for this type of device, such as ``"AVX-512"``; empty if there is none."""
     return "" if load_native_library() else torch.ops.microadam.native_kernel(device_type)
 
 
 class HeldState(NamedTuple):
-    """The state that a step took, kept as C++'s lists for the next step with the same tensors.
+    """The state a step was given, kept as C++ lists for the next step with the same tensors.
 
-    Turning seven lists of tensors into C++'s takes longer than the step of small parameters does.
+    Converting seven lists of tensors to C++ takes longer than stepping small parameters does.
     """
 
     tensors: list[Tensor]  # in the order of `_tensors_of`
@@ -107,13 +107,13 @@ class HeldState(NamedTuple):
 def hold_state(
     states: Sequence[Mapping[str, Any]], thresholds: Sequence[Tensor], held: HeldState | None
 ) -> HeldState | None:
-    """The state as the native library takes it fastest; None where that is no gain.
+    """The state in the form the native library takes fastest; None if that gains nothing.
 
     Args:
         states, thresholds: of all parameters that are stepped in one call.
-        held: of an earlier step. It serves again as long as the tensors are the same objects. No
-            more need be looked at: what is held are references to them, and at every step the
-            native library sees and checks what they are by then, a new storage included.
+        held: from an earlier step. It is reused as long as the tensors are the same objects.
+            Nothing else need be compared: it holds references to them, and at every step the native
+            library sees and checks them as they then are, including any new storage.
     """
     if len(states) == 1 or torch.compiler.is_compiling():
         return None
@@ -126,7 +126,7 @@ def hold_state(
     tensors = list(_tensors_of(states, thresholds))
     if (
         sum(t.nbytes for t in tensors) > MAX_HELD_BYTES
-        or any(type(t) is not Tensor for t in tensors)  # fake ones, say
+        or any(type(t) is not Tensor for t in tensors)  # fake tensors, for example
         or not native_kernel(tensors[0].device.type)
     ):
         return None
@@ -143,7 +143,7 @@ def _tensors_of(
 def state_arguments(
     states: Sequence[Mapping[str, Any]], thresholds: Sequence[Tensor], held: HeldState | None
 ) -> dict[str, Any]:
-    """What ``StepArguments`` takes of the state: its lists, or what `hold_state` made of them."""
+    """The state's fields of ``StepArguments``: its lists, or what `hold_state` made of them."""
     if held is not None:
         return {**dict.fromkeys(_STATE_LISTS, ()), "held_state": held.handle}
     lists = (*zip(*map(_state_tensors, states), strict=True), thresholds)
@@ -151,13 +151,13 @@ def state_arguments(
 
 
 def step_(args: StepArguments) -> None:
-    """One MicroAdam step of many parameters, in place, by the fastest code there is for them.
+    """One MicroAdam step of many parameters, in place, by the fastest code available for them.
 
     Args:
-        args: all parameters share device and dtype, all gradients too.
+        args: all parameters share a device and a dtype, and so do all gradients.
 
     Raises:
-        RuntimeError: ``MICROADAM_BACKEND=native``, and there is no native kernel for the device.
+        RuntimeError: ``MICROADAM_BACKEND=native``, but there is no native kernel for the device.
         ValueError: ``MICROADAM_BACKEND`` is neither ``torch`` nor ``native``.
     """
     if not args.params:
@@ -167,17 +167,17 @@ def step_(args: StepArguments) -> None:
     if args.seed >= 2**63:
         args = args._replace(seed=args.seed - 2**64)  # the same bits as a signed integer
     if not torch.compiler.is_compiling():
-        # So that a backward pass which has saved a parameter raises, as after any in-place change.
+        # A backward pass that has saved a parameter must raise, as after any in-place change.
         torch.autograd.graph.increment_version(args.params)
-    torch.ops.microadam.step_.default(*args)  # named: torch would look for the overload every time
+    torch.ops.microadam.step_.default(*args)  # .default: saves torch looking up the overload
 
 
 def _plain_torch_step(*values: Any) -> None:
-    # The dispatcher comes here as long as it knows no native kernel for the device.
+    # The dispatcher comes here until a native kernel for the device is registered.
     args = StepArguments(*values)
     device_type = args.num_skipped_blocks.device.type
     was_loaded = load_native_library.cache_info().currsize > 0
-    if native_kernel(device_type) and not was_loaded:  # it knows one now
+    if native_kernel(device_type) and not was_loaded:  # registered just now
         torch.ops.microadam.step_.default(*args)
         return
     if _wanted_backend() == "native":
@@ -187,7 +187,7 @@ def _plain_torch_step(*values: Any) -> None:
 
 
 def _check_arguments(*values: Any) -> None:
-    """Every check of the operator; torch runs it where it traces a graph."""
+    """All checks of the operator; torch runs this when it traces a graph."""
     args = StepArguments(*values)
     if args.bucket_size < 2 or args.bucket_size % 2:
         raise ValueError(f"bucket_size={args.bucket_size}: must be an even integer of 2 or more")
@@ -206,7 +206,7 @@ def _check_arguments(*values: Any) -> None:
         scalar = getattr(args, name)
         if scalar is not None:
             _require(name, scalar, None, (torch.float32, torch.float64), device)
-    # By the state's keys, which leaves out thresholds, the last of the lists.
+    # Zipping with the state's keys leaves out thresholds, the last of the lists.
     state = {key: getattr(args, name) for key, name in zip(_STATE_KEYS, _STATE_LISTS, strict=False)}
     others = {"grads": args.grads, "thresholds": args.thresholds, "ordinals": args.ordinals}
     for name, entries in (state | others).items():
@@ -219,7 +219,7 @@ def _check_arguments(*values: Any) -> None:
                 f"window_indices[{i}] has shape {tuple(indices.shape)}: it must be "
                 "(num_blocks, window_size, k) with one window_size for all parameters"
             )
-        # int(): a graph is traced for parameters of fixed sizes.
+        # int(): graphs are traced for parameters of fixed sizes.
         layout = BlockLayout.of(
             int(param.numel()),
             int(indices.shape[1]),
@@ -241,7 +241,7 @@ def _check_arguments(*values: Any) -> None:
 def _require(
     name: str,
     tensor: Tensor,
-    shape: tuple[int, ...] | None,  # None: one element in any shape
+    shape: tuple[int, ...] | None,  # None: one element, of any shape
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
 ) -> None:
@@ -255,7 +255,7 @@ def _require(
         )
 
 
-# Not a torch.library.custom_op: that bumps the version counter of every state tensor, one by one in
+# Not a torch.library.custom_op: that bumps the version counters of all state tensors one by one in
 # Python, which took longer than the step of a small parameter.
 torch.library.define("microadam::step_", _SCHEMA, tags=torch.Tag.pt2_compliant_tag)
 torch.library.impl("microadam::step_", "CompositeExplicitAutograd", _plain_torch_step)

@@ -1,4 +1,4 @@
-"""`MicroAdam`, a `torch.optim.Optimizer` whose state takes about 0.96 bytes a parameter."""
+"""`MicroAdam`, a `torch.optim.Optimizer` whose state takes about 0.96 bytes per parameter."""
 
 from __future__ import annotations
 
@@ -39,43 +39,43 @@ class MicroAdam(Optimizer):
     """Adam on a sliding window of sparse gradients with 4-bit error feedback.
 
     Each step adds the error feedback to the gradient, keeps the largest 1% of every block in a
-    window of the last 10 such sparse gradients, and stores the rest in 4 bits as the next error
-    feedback. Adam's two moments are computed from the window alone (Algorithm 1 of
+    window of the last 10 such sparse gradients, and stores the rest in 4 bits per element as the
+    next error feedback. Adam's two moments are computed from the window alone (Algorithm 1 of
     arXiv:2405.15593). Only coordinates in the window move, unless ``alpha`` or
-    ``weight_decay`` makes all move.
+    ``weight_decay`` makes all of them move.
 
     Args:
         params: parameters or parameter groups; float32, bfloat16 or float16, any memory format and
-            device, sharded (DTensors, as FSDP2 makes them) or not. A group may set every argument
-            below for itself.
+            device, sharded (DTensors, as FSDP2 makes them) or not. A group may override any of the
+            arguments below.
         lr: learning rate; a float, or a float32 or float64 tensor of one element.
         betas: decay rates of the first and second moment.
         eps: added to the denominator; a normal float32 number, so greater than 0.
         weight_decay: decoupled weight decay, ``p *= 1 - lr * weight_decay``; none by default,
-            where AdamW has 0.01.
-        alpha: share of the error feedback ``e`` that is not kept for the next step but applied,
-            ``p -= lr * alpha * e`` and then ``e *= 1 - alpha``; at least 0 and less than 1. Not 0,
-            it makes the update dense, for training from scratch: an option of the authors' code,
-            not of the paper.
+            whereas AdamW has 0.01.
+        alpha: share of the error feedback ``e`` that is applied instead of being kept for the next
+            step, ``p -= lr * alpha * e`` and then ``e *= 1 - alpha``; at least 0 and less than 1.
+            Unless it is 0, the update is dense, for training from scratch: an option of the
+            authors' code, not of the paper.
         window_size: sparse gradients kept (paper: m).
-        density: share of every block that is kept per step (paper: k/d).
+        density: share of every block that each step keeps (paper: k/d).
         bucket_size: elements that share one range of the 4-bit error feedback; even.
         block_size: elements among which the largest are chosen; a multiple of ``bucket_size``, at
             most 32,768.
         stochastic_rounding: round 16-bit parameters stochastically instead of to nearest.
         seed: seed of the stochastic rounding.
-        unscales: ``GradScaler`` leaves it to the step to divide by its scale and to heed
-            infinities, which saves a pass over the gradients and a wait for the GPU; as with
+        unscales: ``GradScaler`` leaves dividing by its scale and skipping on infinities to the
+            step, which saves a pass over the gradients and a wait for the GPU; as with
             ``AdamW(fused=True)``, Lightning then refuses to clip.
 
-    A block whose gradient, error feedback added, holds a NaN, an Inf or a magnitude of about 1.3e36
-    (2^120 - 2^111) or more is left as it was for that step: parameters, window and error feedback.
-    `num_skipped_blocks` counts them.
+    If a block's gradient plus error feedback contains a NaN, an Inf or a magnitude of about 1.3e36
+    (2^120 - 2^111) or more, that step leaves the block's parameters, window and error feedback as
+    they were. `num_skipped_blocks` counts such blocks.
 
     Raises:
-        ValueError: a hyperparameter is out of its range, a parameter's dtype is not supported, or a
-            parameter appears twice; from `step`, a parameter is not as its state was made: moved to
-            another device, in another memory format, or of a group with another layout.
+        ValueError: a hyperparameter is out of range, a parameter's dtype is not supported, or a
+            parameter appears twice; from `step`, a parameter no longer matches its state: it was
+            moved to another device, or has another memory format or its group another layout.
         RuntimeError: from `step`, a gradient is sparse or complex, or a CUDA graph captures a
             parameter's first step.
 
@@ -117,21 +117,21 @@ class MicroAdam(Optimizer):
         }
         self._num_skipped_blocks: dict[torch.device, Tensor] = {}
         self._caches: dict[Tensor, _Cache] = {}  # not saved
-        self._held_states: list[ops.HeldState | None] = []  # of each call of a step; not saved
+        self._held_states: list[ops.HeldState | None] = []  # one per call of a step; not saved
         super().__init__(params, defaults)
-        if unscales:  # GradScaler hands its scale and its finding to `step` as attributes
+        if unscales:  # GradScaler passes its scale and found_inf to `step` as attributes
             self._step_supports_amp_scaling = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # load_state_dict comes here too, and then they are there.
+        # load_state_dict also comes here; the attributes then exist already.
         self.__dict__.setdefault("_num_skipped_blocks", {})
         self.__dict__.setdefault("_caches", {})
-        self._held_states = []  # the state that is replaced is to be freed now
+        self._held_states = []  # so that the state being replaced is freed now
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, checked as in the constructor."""
-        if isinstance(param_group, dict):  # the base class refuses others
+        if isinstance(param_group, dict):  # the base class refuses anything else
             check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -168,7 +168,7 @@ class MicroAdam(Optimizer):
                 loss = closure()
 
         # One call of the fused step takes all parameters of a group that share device and dtypes.
-        # All are gathered first: where one gradient or state does not fit, nothing moves.
+        # All calls are prepared first: if one gradient or state does not fit, nothing moves.
         calls: list[tuple[dict[str, Any], list[_Item]]] = []
         num_params = num_cached = 0
         for group in self.param_groups:
@@ -182,7 +182,7 @@ class MicroAdam(Optimizer):
                 device = p.device
                 kind = (device, p.dtype, grad.dtype, grad.layout)
                 batch = batches.get(kind)
-                if batch is None:  # all others of the batch are of this one's kind
+                if batch is None:  # checked once: the rest of the batch is of the same kind
                     check_dtype(p, f"parameter {ordinal}")
                     check_gradient(grad, ordinal)
                     batch = batches[kind] = []
@@ -190,11 +190,11 @@ class MicroAdam(Optimizer):
             calls += [(group, batch) for batch in batches.values()]
             num_params += len(group["params"])
         num_cached += sum(len(batch) for _, batch in calls)
-        if len(self._caches) > num_cached:  # of parameters that were taken out of their group
+        if len(self._caches) > num_cached:  # some are for parameters removed from their group
             present = self._parameters()
             self._caches = {p: self._caches[p] for p in present if p in self._caches}
-        # Each call offers what it holds to the call in the same place of the next step, which drops
-        # it where the tensors are others.
+        # Each call passes what it holds to the corresponding call of the next step, which drops it
+        # if the tensors differ.
         held_states, self._held_states = iter(self._held_states), []
         for group, batch in calls:
             self._held_states.append(self._step_batch(group, batch, next(held_states, None)))
@@ -222,7 +222,7 @@ class MicroAdam(Optimizer):
             dims = _storage_order(shard)
             if dims is not None:
                 shard, gradient = shard.permute(dims), gradient.permute(dims)
-            values = shard.contiguous()  # a copy only where it has gaps
+            values = shard.contiguous()  # a copy only if it has gaps
         state = self.state[p]
         cache = self._caches.get(p)
         made_for = (shard.numel(), geometry, device)
@@ -239,16 +239,16 @@ class MicroAdam(Optimizer):
     def _step_batch(
         self, group: dict[str, Any], batch: list[_Item], held: ops.HeldState | None = None
     ) -> ops.HeldState | None:
-        """One call of the fused step; returns what may be passed as ``held`` to the next such."""
+        """One call of the fused step; returns what to pass as ``held`` to the next such call."""
         ordinals, params, shards, values, grads, states, thresholds = zip(*batch, strict=True)
         held = ops.hold_state(states, thresholds, held)
         device = params[0].device
         lr = group["lr"]
         if torch.compiler.is_compiling():
-            if not isinstance(lr, Tensor):  # a graph would be made for each value of a number
+            if not isinstance(lr, Tensor):  # a float would mean a new graph for each value
                 lr = torch.full((), lr, dtype=torch.float64, device=device)
         elif isinstance(lr, Tensor) and lr.is_cpu and device.type != "cpu":
-            lr = lr.item()  # a copy to the device would be waited for
+            lr = lr.item()  # a copy to the device would have to be waited for
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         args = StepArguments(
@@ -283,12 +283,12 @@ class MicroAdam(Optimizer):
     def _rounding_ordinals(self, params: Sequence[Tensor], ordinals: Sequence[int]) -> list[int]:
         """The numbers that select each parameter's random bits.
 
-        Shards of a parameter get different ones, up to collisions of a hash; replicas share one.
+        Shards of a parameter get different ones, barring hash collisions; replicas share one.
         """
         num_params = sum(len(group["params"]) for group in self.param_groups)
         names = []
         for p, ordinal in zip(params, ordinals, strict=True):
-            place = 0  # of the shard: where it begins in each dimension, folded into 32 bits
+            place = 0  # the shard's first index in each dimension, hashed to 32 bits
             for first, _ in Shard.of(p).bounds:
                 place = (place * 0x9E3779B1 + first) % 2**32
             names.append(ordinal + num_params * place)
@@ -302,7 +302,7 @@ class MicroAdam(Optimizer):
         state: dict[str, Any],
         dims: list[int] | None,
     ) -> _Cache:
-        """Creates the state, or checks that it fits; once for each layout of the parameter."""
+        """Creates the state, or checks that it fits; once per layout of the parameter."""
         numel, geometry, _ = made_for
         layout = BlockLayout.of(numel, *geometry)
         is_compiling = torch.compiler.is_compiling()
@@ -342,7 +342,7 @@ class MicroAdam(Optimizer):
         return self._num_skipped_blocks[device]
 
     def num_skipped_blocks(self) -> int:
-        """Blocks left as they were for a step because of a NaN or Inf, since construction.
+        """Number of blocks that steps skipped because of a NaN or Inf, since construction.
 
         Waits for the device.
         """
@@ -360,8 +360,8 @@ class MicroAdam(Optimizer):
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state and the groups; the state of a sharded parameter below its shard's name."""
-        # As a hook, the first after the base class's work, so that hooks of the user see it.
+        """The state and the groups; the state of a sharded parameter is under its shard's name."""
+        # A hook, the first to run after the base class's work, so that user hooks see the result.
         hook = self.register_state_dict_post_hook(
             lambda _, state_dict: self._name_shards(state_dict), prepend=True
         )
@@ -377,7 +377,7 @@ class MicroAdam(Optimizer):
             if distributed.is_sharded(parameters[index])
             else state
             for index, state in state_dict["state"].items()
-            if state  # looking up a parameter that has none makes an empty one
+            if state  # looking up a parameter that has none creates an empty one
         }
         return {**state_dict, "state": state}
 
@@ -385,7 +385,7 @@ class MicroAdam(Optimizer):
         """Restores what `state_dict` returned, every tensor in the dtype it was saved with.
 
         The base class would cast the state to the parameters' dtype, which destroys indices and
-        codes. Nothing is changed where the state does not fit. State that was saved for other
+        codes. If the state does not fit, nothing is changed. State that was saved for other
         shards of a parameter, or for the whole, is converted: see `microadam.distributed`.
 
         Raises:
@@ -399,8 +399,8 @@ class MicroAdam(Optimizer):
             new_state.update(self._checked_state(state_dict))
             return {**state_dict, "state": {}}
 
-        # As hooks, the last before and the first after the base class's work, so that hooks of the
-        # user see and may change the whole state.
+        # Hooks, the last to run before and the first after the base class's work, so that user
+        # hooks see, and may change, the whole state.
         hooks = (
             self.register_load_state_dict_pre_hook(take_state),
             self.register_load_state_dict_post_hook(
@@ -437,9 +437,9 @@ class MicroAdam(Optimizer):
                     "written by another optimizer"
                 )
             lr = saved_group["lr"]
-            rounding = 1e-6 * saved_group.get("initial_lr", 0.0)  # which every schedule sets
+            rounding = 1e-6 * saved_group.get("initial_lr", 0.0)  # every schedule sets it
             if isinstance(lr, float) and -rounding <= lr < 0:
-                lr = 0.0  # the schedule ends there, and has passed it by a rounding
+                lr = 0.0  # the schedule ends at 0, and overshot it by a rounding error
             check_hyperparameters({**saved_group, "lr": lr})
             for index, p in zip(saved_group["params"], own_group["params"], strict=True):
                 if state_dict["state"].get(index):
@@ -459,22 +459,22 @@ class MicroAdam(Optimizer):
 
 
 class _Cache(NamedTuple):
-    """What a parameter needs beside its state, and can make again."""
+    """What a parameter needs besides its state, and can be recreated."""
 
     made_for: tuple[int, Geometry, torch.device]  # elements, geometry and device of its state
     thresholds: Tensor  # of the native kernels: see StepArguments
 
 
 # A parameter that takes part in a step: its position in the optimizer; itself; this process's shard
-# of it, the dimensions as they lie in memory; that and the gradient as contiguous tensors; state;
-# thresholds. A plain tuple: making a NamedTuple would add a third to the cost of what goes into it.
+# of it, its dimensions in memory order; that and the gradient as contiguous tensors; state;
+# thresholds. A plain tuple: a NamedTuple would add a third to the cost of preparing an item.
 _Item = tuple[int, Tensor, Tensor, Tensor, Tensor, dict[str, Any], Tensor]
 
 
 def _storage_order(t: Tensor) -> list[int] | None:
     """The dimensions from the outermost to the innermost, those of size 1 first.
 
-    None if that is 0, 1, 2, ..., as it nearly always is.
+    None if that order is 0, 1, 2, ..., as it nearly always is.
     """
     sizes, strides = t.shape, t.stride()
     dims = sorted(range(t.dim()), key=lambda d: (sizes[d] > 1, -strides[d]))

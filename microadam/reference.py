@@ -2,7 +2,7 @@
 
 This is the definition that the native kernels are compared with, and the fallback where they are
 not built. All arithmetic is float32. Blocks of equal length are the rows of a matrix: ``B`` is the
-number of blocks, ``L`` the elements of a block, ``k`` the elements kept of it, ``m`` the window
+number of blocks, ``L`` the elements per block, ``k`` the elements kept of each, ``m`` the window
 size, ``Q`` the bucket size.
 """
 
@@ -19,28 +19,28 @@ from microadam.rounding import round_to_dtype
 
 # An accumulator at or beyond this magnitude counts as infinite: summed over a window, or as the
 # range of a bucket, it could overflow float32 and then never leave the error feedback again. The
-# bound lies halfway between two bfloat16 numbers, so that what is stored rounds to below it too.
+# bound is halfway between two bfloat16 numbers, so that smaller values also round to below it.
 MAX_MAGNITUDE = 2.0**120 - 2.0**111
 
 MAX_CODE = 15  # codes are 4 bits
-MIN_UNIT = torch.finfo(torch.float32).tiny  # of the codes; below it they are all 0
+MIN_UNIT = torch.finfo(torch.float32).tiny  # of the codes; below it all codes are 0
 
-# Temporaries are float32 matrices of the blocks at hand. Stepping a large parameter in pieces keeps
-# them in cache on a CPU, and bounds the memory that a step needs beside the state: 29 to 37 bytes
+# Temporaries are float32 matrices of the current blocks. Stepping a large parameter in pieces keeps
+# them in cache on a CPU, and bounds the memory that a step needs besides the state: 29 to 37 bytes
 # per element of a piece, 50 with stochastic rounding, which is 0.8 GiB on a GPU.
 _MAX_ELEMENTS_AT_ONCE = {"cpu": 1 << 18}
 _MAX_ELEMENTS_AT_ONCE_ELSEWHERE = 1 << 24
 
 
 def quantization_unit(minimum: Tensor, maximum: Tensor) -> Tensor:
-    """The distance of two codes, float32 in the shape of the arguments."""
-    # A tensor: divided by a number, torch on a GPU multiplies by the rounded reciprocal instead.
+    """The distance between adjacent codes, float32 in the shape of the arguments."""
+    # A tensor: to divide by a number, torch on a GPU multiplies by the rounded reciprocal instead.
     max_code = torch.full((), MAX_CODE, dtype=torch.float32, device=minimum.device)
     return (maximum.float() - minimum.float()) / max_code
 
 
 def inverse_unit(unit: Tensor) -> Tensor:
-    """``1 / unit``, and 0 where the unit is 0 or subnormal, when the reciprocal may overflow."""
+    """``1 / unit``; 0 where the unit is 0 or subnormal and the reciprocal might overflow."""
     return torch.where(unit >= MIN_UNIT, unit.reciprocal(), 0.0)
 
 
@@ -48,7 +48,7 @@ def dequantize(codes: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
     """``Q^-1`` of the error feedback: float32 ``(num_buckets, Q)``.
 
     Args:
-        codes: uint8 ``(num_buckets, Q / 2)``, two 4-bit codes a byte.
+        codes: uint8 ``(num_buckets, Q / 2)``, two 4-bit codes per byte.
         minimum, maximum: bfloat16 ``(num_buckets,)``.
     """
     low = minimum.float().unsqueeze(1)
@@ -60,8 +60,8 @@ def quantize(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``Q`` of the error feedback: codes, minimum and maximum, shaped as in `dequantize`.
 
     Rounds to the nearest of 16 levels between the bucket's smallest and largest value. Multiplies
-    by the reciprocal of the unit, as the kernels do: a division would be slower and change nothing
-    but where a tie falls.
+    by the reciprocal of the unit, as the kernels do: a division would be slower and would only
+    change which way ties fall.
 
     Args:
         residual: float32 ``(num_buckets, Q)``.
@@ -78,7 +78,7 @@ def quantize(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def select_top_k(accumulator: Tensor, k: int) -> Tensor:
     """Indices of the ``k`` largest magnitudes of every block, ascending: int64 ``(B, k)``.
 
-    The lower index wins among equals, which ``torch.topk`` does not promise.
+    Among equals the lower index wins, which ``torch.topk`` does not promise.
 
     Args:
         accumulator: float32 ``(B, L)``, finite.
@@ -103,7 +103,7 @@ def window_moments(
     Args:
         indices: int16 ``(B, m, k)``.
         values: bfloat16 ``(B, m, k)``.
-        step: steps taken, this one included; at least 1.
+        step: steps taken, including this one; at least 1.
         length: ``L``.
     """
     num_blocks, window_size, _ = values.shape
@@ -114,7 +114,7 @@ def window_moments(
         index = indices[:, slot].long()
         value = values[:, slot].float()
         first.scatter_add_(1, index, value * beta1**age)
-        # The weight before the square: 0 times a square that overflowed would be NaN.
+        # The weight is multiplied in before squaring: 0 times an overflowed square would be NaN.
         second.scatter_add_(1, index, value * beta2**age * value)
     first *= (1 - beta1) / (1 - beta1**step)
     second *= (1 - beta2) / (1 - beta2**step)
@@ -122,9 +122,9 @@ def window_moments(
 
 
 def shrink(limit: Tensor, alpha: float) -> Tensor:
-    """The limit of a bucket's range in bfloat16, with the share ``alpha`` of its error taken out.
+    """A limit of a bucket's range in bfloat16, with the share ``alpha`` of its error taken out.
 
-    A code is a place in the range, so the range times ``1 - alpha`` is every error times that.
+    A code is a position in the range, so scaling the range by ``1 - alpha`` scales every error.
     """
     return (limit.float() * (1 - alpha)).bfloat16()
 
@@ -144,7 +144,7 @@ def update(
 
     ``param * (1 - lr * weight_decay) - lr * (m_hat / (sqrt(v_hat) + eps) + alpha * e)``, where
     ``e`` is the quantized residual, of which `shrink` has left ``feedback = (1 - alpha) * e``. The
-    term with ``alpha`` is not in the paper but in its authors' code, where it makes the update
+    term with ``alpha`` is not in the paper but in the authors' code, where it makes the update
     dense for pre-training.
     """
     decayed = param * (1 - lr * weight_decay) if weight_decay != 0 else param
@@ -182,7 +182,7 @@ def _step_blocks(
 
     feedback = dequantize(error, error_min, error_max).view(num_blocks, length + padding)
     accumulator = grad.float() * inv_scale + feedback[:, :length]
-    # NaN compares false, so it is not finite here either.
+    # NaN compares false, so it counts as not finite too.
     finite = (accumulator.abs() < MAX_MAGNITUDE).all(dim=1)
     accumulator = torch.where(finite.unsqueeze(1), accumulator, 0.0)
 
@@ -195,7 +195,7 @@ def _step_blocks(
     )
 
     residual = accumulator.scatter(1, top, 0.0)
-    if padding:  # repeat a value of the last bucket, so that its range does not change
+    if padding:  # repeats a value of the last bucket, so that its range does not change
         residual = torch.cat((residual, residual[:, -1:].expand(-1, padding)), dim=1)
     codes, minimum, maximum = quantize(residual.view(-1, bucket_size))
     bucket_kept = finite.repeat_interleave(codes.shape[0] // num_blocks)
@@ -275,22 +275,22 @@ class StepArguments(NamedTuple):
         params: contiguous, of any shape; float32, bfloat16 or float16. Written.
         grads: the gradients in the same order and shapes; any floating dtype. Only read.
         steps: int64 scalars, the steps taken before this one. Incremented.
-        window_indices, window_values, error, error_min, error_max: the state, shaped as
-            `microadam.BlockLayout.state_spec` says. Written.
+        window_indices, window_values, error, error_min, error_max: the state, shaped as specified
+            by `microadam.BlockLayout.state_spec`. Written.
         thresholds: float32 ``(num_blocks,)`` for each parameter, 0 at first; written. A cache in
-            which a native kernel keeps where to look for the largest accumulators of a block. It
-            changes no result.
-        num_skipped_blocks: int64 scalar; grows by the blocks left as they were because their
-            accumulator held a NaN, an Inf or a magnitude of ``MAX_MAGNITUDE`` or more.
-        lr_tensor: scalar learning rate; replaces ``lr`` where given.
+            which a native kernel notes how far down to look for the largest accumulators of each
+            block. It changes no result.
+        num_skipped_blocks: int64 scalar; grows by the number of blocks left as they were because
+            their accumulator held a NaN, an Inf or a magnitude of ``MAX_MAGNITUDE`` or more.
+        lr_tensor: scalar learning rate; if given, replaces ``lr``.
         grad_scale: scalar that the gradients were multiplied by (``GradScaler``); None for 1.
-        found_inf: scalar; where it is not 0 nothing at all is changed.
-        ordinals: a number for each parameter, or each shard of one, of which the low 32 bits count.
-            With ``seed``, the step and the element's index it determines the random bits of
-            stochastic rounding.
+        found_inf: scalar; unless it is 0, nothing at all is changed.
+        ordinals: a number for each parameter or shard, of which only the low 32 bits count. With
+            ``seed``, the step and the element's index, it determines the random bits of stochastic
+            rounding.
         others: as `microadam.MicroAdam` takes them.
         held_state: the state and the thresholds as `microadam.ops.HeldState` keeps them for the
-            native library; their lists are empty then.
+            native library; the lists are then empty.
     """
 
     params: Sequence[Tensor]

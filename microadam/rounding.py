@@ -2,8 +2,8 @@
 
 Stochastic rounding keeps updates smaller than half a unit in the last place from vanishing. Its
 random bits come from the counter-based generator Philox4x32-10 (Salmon et al., "Parallel Random
-Numbers: As Easy as 1, 2, 3", SC 2011), so that they depend on nothing but the seed, the parameter,
-its step and the element: not on the device, the number of threads or the order of work.
+Numbers: As Easy as 1, 2, 3", SC 2011), so that they depend only on the seed, the parameter, its
+step and the element: not on the device, the number of threads or the order of work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_ELEMENTS_PER_CALL = 8  # 4 words of 32 bits, 16 bits for each element
+_ELEMENTS_PER_CALL = 8  # 4 words of 32 bits, 16 bits per element
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
 def random_bits(
     numel: int, seed: int, ordinal: int, step: int, first_element: int, device: torch.device
 ) -> Tensor:
-    """16 random bits for each of ``numel`` elements from ``first_element`` on: int64 ``(numel,)``.
+    """16 random bits for each of ``numel`` elements from ``first_element``: int64 ``(numel,)``.
 
     Element ``i`` takes half a word of the call with counter ``(i // 8, ordinal, step)`` and the
     seed as key: bits ``16 * (i % 2)`` upwards of word ``(i % 8) // 2``.
@@ -60,14 +60,14 @@ def random_bits(
 
 
 def _stochastic_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
-    """Add 16 random bits below the last kept place and cut there."""
+    """Adds 16 random bits below the last place that is kept, and truncates there."""
     rounded = (value.view(torch.int32) + bits.int() & -65536).view(torch.float32)
-    # All bits of a GPU's NaN are set but the sign: the addition has made it -0.
+    # A GPU's NaN has all bits set but the sign: the addition has turned it into -0.
     return torch.where(value.isnan(), value, rounded).bfloat16()
 
 
 def _stochastic_float16(value: Tensor, bits: Tensor) -> Tensor:
-    """As for bfloat16 with the 13 bits that float16 drops; its unit stops shrinking at 2^-24."""
+    """As for bfloat16, with the 13 bits that float16 drops; its unit stops shrinking at 2^-24."""
     exponent = torch.frexp(value).exponent - 1
     unit = torch.ldexp(torch.ones_like(value), exponent.clamp(min=-14) - 10)
     fraction = (bits & 0x1FFF).float() / 8192
@@ -88,7 +88,7 @@ def round_to_dtype(
     """``value`` (float32) in ``dtype``.
 
     Rounds to nearest even without a ``key``, and stochastically with ``key = (seed, ordinal)``.
-    float32 is returned as it is.
+    float32 is returned unchanged.
     """
     if key is None or dtype not in _STOCHASTIC:
         return value.to(dtype)

@@ -1,8 +1,8 @@
-"""A native kernel against plain torch, on the device where it is about to run.
+"""Checks a native kernel against plain torch, on the device where it is about to run.
 
 The CUDA kernels have been tested on a CPU only, by emulation. Before their first step on a GPU they
-take a few small steps there beside plain torch, so that a card, a driver or a compiler they do not
-get along with ends in an error and not in a model that trains badly.
+take a few small steps there alongside plain torch, so that an incompatible card, driver or compiler
+results in an error and not in a model that trains badly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from microadam import ops, reference
 from microadam.layout import BlockLayout, Geometry
 from microadam.reference import StepArguments
 
-# Results may differ where a rounding falls the other way, but never in as many places as this.
+# Results may differ where a value rounds the other way, but never in as many places as this.
 _MAX_SHARE_DIFFERENT = 0.002
 _RELATIVE_TOLERANCE = 2.0**-6  # of floating-point values: two units of bfloat16
 
@@ -26,7 +26,7 @@ _RELATIVE_TOLERANCE = 2.0**-6  # of floating-point values: two units of bfloat16
 def check_kernel(
     device: torch.device, param_dtype: torch.dtype, grad_dtype: torch.dtype, geometry: Geometry
 ) -> None:
-    """Compares three steps of the native kernel with plain torch's; waits for the device.
+    """Compares three steps of the native kernel with those of plain torch; waits for the device.
 
     Raises:
         RuntimeError: the kernel does not run on this device, or its results differ.
@@ -61,7 +61,7 @@ def _three_steps(
     grad_dtype: torch.dtype,
     geometry: Geometry,
 ) -> dict[str, Tensor]:
-    """Parameters that were 0 and their state after three steps, flat and joined, by name."""
+    """Parameters that began at 0, and their state, after three steps: flat and joined, by name."""
     _, density, bucket_size, block_size = geometry
     sizes = (2 * block_size + block_size // 2 + 1, 7)  # full blocks and shorter ones
     states = [BlockLayout.of(numel, *geometry).new_state(device) for numel in sizes]

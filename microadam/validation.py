@@ -1,4 +1,4 @@
-"""What `MicroAdam` is given, checked: hyperparameters, gradients and saved state."""
+"""Checks of what `MicroAdam` is given: hyperparameters, gradients and saved state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from microadam.layout import MAX_BLOCK_SIZE, BlockLayout
 from microadam.ops import DTYPES
 
-# Below it eps could be 0 in float32, and a coordinate without a gradient would become 0 / 0.
+# A smaller eps could be 0 in float32, and a coordinate without a gradient would become 0 / 0.
 MIN_EPS = torch.finfo(torch.float32).tiny
 
 
@@ -20,7 +20,7 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     """Checks the parameters of a group.
 
     Raises:
-        ValueError: one appears twice, or has a dtype that is not supported.
+        ValueError: one appears twice or has an unsupported dtype.
     """
     if len(set(params)) < len(params):  # the base class only warns
         raise ValueError(
@@ -32,7 +32,7 @@ def check_parameters(params: Sequence[Tensor]) -> None:
 
 
 def check_dtype(p: Tensor, name: str) -> None:
-    """Checks that a parameter is float32, bfloat16 or float16; ``name`` stands in the message.
+    """Checks that a parameter is float32, bfloat16 or float16; ``name`` is for the message.
 
     Raises:
         ValueError: it is not.
@@ -87,7 +87,7 @@ def check_state(saved: dict[str, Any], layout: BlockLayout, index: int) -> None:
                 f"{name} of parameter {index} in the saved state is {found}, expected {dtype} of "
                 f"shape {shape}: the state belongs to another model or other hyperparameters"
             )
-    # An index out of its block would let a native kernel write outside the parameter.
+    # With an index beyond its block, a native kernel would write outside the parameter.
     for segment in layout.segments:
         lowest, highest = saved["window_indices"][segment.blocks, :, : segment.k].aminmax()
         if lowest < 0 or highest >= segment.length:
@@ -96,7 +96,7 @@ def check_state(saved: dict[str, Any], layout: BlockLayout, index: int) -> None:
                 f"to {int(highest)} in a block of {segment.length}: the file is damaged; load an "
                 "older checkpoint"
             )
-    # A value that is not finite would reach the parameters, or make its block be skipped forever.
+    # A non-finite value would reach the parameters, or its block would be skipped forever.
     for name in ("window_values", "error_min", "error_max"):
         if not saved[name].isfinite().all():
             raise ValueError(
@@ -118,7 +118,7 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
     """Checks every hyperparameter of a parameter group.
 
     Raises:
-        ValueError: one is out of its range; names it, its value and what it must be.
+        ValueError: one is out of range; names it, its value and what it must be.
     """
 
     def require(is_valid: bool, name: str, remedy: str) -> None:

@@ -1,6 +1,6 @@
-"""Functions run in several processes that talk over gloo, as torchrun would start them.
+"""Runs functions in several processes that communicate over gloo, as torchrun would start them.
 
-The processes are forked from one server that has imported torch already: that takes seconds.
+The processes are forked from a server that has already imported torch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _preloaded = ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict
 
 
 def preload(*modules: str) -> None:
-    """More modules that the server imports; call it where a test file is imported."""
+    """Adds modules for the server to import; call it while a test file is being imported."""
     _preloaded.extend(modules)
 
 
@@ -108,5 +108,5 @@ def _rank(
         outcome = (None, function(*arguments))
     except BaseException:  # noqa: BLE001 - reported in the test's process
         outcome = (f"rank {environment['RANK']}:\n{traceback.format_exc()}", None)
-    # Not send(), which would hand tensors over in memory that ends with this process.
+    # Not send(), which would pass tensors in memory that is freed when this process ends.
     sender.send_bytes(pickle.dumps(outcome))

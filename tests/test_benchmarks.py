@@ -1,4 +1,4 @@
-"""What the benchmarks count; their times are no test's business."""
+"""What the benchmarks count; their timings are not tested."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from microadam import BlockLayout, MicroAdam
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_memory_sectors_with_an_update_are_counted(dtype: torch.dtype) -> None:
-    """Block and sector by hand: the parameter ends in a shorter block."""
+    """Blocks and sectors counted by hand: the parameter ends in a shorter block."""
     numel = 4096 + 1000
     contestant = step.Contestant(MicroAdam, [(numel,)], dtype, "cpu")
     grad = torch.zeros(numel, dtype=dtype)
@@ -31,7 +31,7 @@ def test_only_memory_sectors_with_an_update_are_counted(dtype: torch.dtype) -> N
 
 
 def test_state_that_parameters_share_counts_once() -> None:
-    """As bitsandbytes' maps, which counted for each of 200 parameters."""
+    """Such as bitsandbytes' maps, which were counted for each of 200 parameters."""
     params = [torch.nn.Parameter(torch.zeros(10)) for _ in range(3)]
     optimizer = torch.optim.SGD(params)
     shared = torch.zeros(256)

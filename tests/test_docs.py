@@ -1,6 +1,6 @@
 """The documentation: it builds strictly, its reference is complete, and what it shows works.
 
-A page ages in silence: a link dies with a file that moves, an example with a name that changes.
+Pages go stale silently: moving a file breaks a link, changing a name breaks an example.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def test_a_dead_link_anchor_or_reference_fails_the_build(tmp_path: Path) -> None
     "page", [page for page in PAGES if "```pycon" in page.read_text()], ids=lambda page: page.stem
 )
 def test_examples_give_what_they_show(page: Path) -> None:
-    """A page's blocks ```pycon, one after the other."""
+    """A page's ```pycon blocks, one after another."""
     blocks = re.findall(r"^```pycon\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     example = doctest.DocTestParser().get_doctest("\n".join(blocks), {}, page.name, str(page), 0)
     assert doctest.DocTestRunner().run(example).failed == 0
@@ -95,7 +95,7 @@ def test_examples_in_docstrings_run(documented: object) -> None:
     assert not torch.equal(model.weight, before)
 
 
-# What pages name
+# What pages mention
 
 
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
@@ -105,7 +105,7 @@ RUNS = re.findall(r"^(?:python|torchrun .+) run\.py(?!.*\.\.\.)([^#\n\\]*)", COD
 
 
 def cells_of_readme(row: str) -> list[str]:
-    """Behind the first cell, which begins with ``row``, link or not."""
+    """The cells after the first, which begins with ``row``, link or not."""
     for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
         first, *others = (cell.strip() for cell in line.strip("|").split("|"))
         if line.startswith("|") and first.lstrip("[").startswith(row):
@@ -174,7 +174,7 @@ def test_modules_that_are_run_exist() -> None:
 
 @pytest.mark.parametrize("arguments", sorted(set(map(str.strip, RUNS))))
 def test_commands_of_runs_compose(arguments: str) -> None:
-    """Every group, choice and key is there; of a sweep, the first job."""
+    """Every group, choice and key exists; of a sweep, only the first job is composed."""
     compose(*(word.partition(",")[0] for word in arguments.split() if not word.startswith("--")))
 
 
@@ -201,7 +201,7 @@ def test_functions_of_the_algorithm_exist() -> None:
 
 
 def test_table_of_what_fits_is_what_the_planner_says() -> None:
-    """All of the card that results/memory_plan.json is for, and a line of another one."""
+    """Every line for the card that results/memory_plan.json is for, and one for another card."""
     table = yaml.safe_load((ROOT / "configs/table/memory.yaml").read_text())
     planned = json.loads((ROOT / "results/memory_plan.json").read_text())["rows"]
     page = (ROOT / "docs/scale.md").read_text()

@@ -1,8 +1,8 @@
 """Who may import whom, read from the sources without running them.
 
 `microadam` must stay usable on its own, so it imports torch and nothing else, and each large
-library has one door. The first public MicroAdam imported wandb inside the optimizer: nobody
-without an experiment tracker could use it.
+library is imported in one place only. The first public MicroAdam imported wandb inside the
+optimizer: nobody without an experiment tracker could use it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OWN_FILES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 ) + sorted(ROOT.glob("run.py"))
 
-# Library -> where it may be imported: files, or folders with all below them.
+# Library -> where it may be imported: files, or folders with everything below them.
 DOORS = {
     "hydra": ("run.py",),
     "ffcv": ("experiments/data/",),
@@ -32,7 +32,7 @@ DOORS = {
 
 
 def imported_modules(source: str, package: str) -> Iterator[str]:
-    """Full names of all imports, inside functions too; ``package`` anchors relative ones."""
+    """Full names of all imports, including those in functions; ``package`` resolves relative ones."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -45,7 +45,7 @@ def imported_modules(source: str, package: str) -> Iterator[str]:
 
 
 def violations(path: str, source: str) -> list[str]:
-    """What ``source``, at ``path`` relative to the root, imports against the rules."""
+    """What ``source``, at ``path`` relative to the root, imports in breach of the rules."""
     package = ".".join(Path(path).parent.parts)
     found = []
     for module in imported_modules(source, package):

@@ -1,4 +1,4 @@
-"""What a user gets from pip, what the constraints promise, and how the set-up behaves."""
+"""What a user gets from pip, what the constraints promise, and how the setup script behaves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel made from the sdist, with other code beside it and no torch to build against."""
+    """The wheel built from the sdist, with other code beside it and no torch to build against."""
     root = tmp_path_factory.mktemp("packaging")
     tree, poison = root / "tree", root / "poison"
     shutil.copytree(
@@ -97,7 +97,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> Non
 def test_build_without_a_compiler_warns_once_and_succeeds(
     environment: dict[str, str], reason: str, tmp_path: Path
 ) -> None:
-    """The package is then plain Python; test_ops.py has it take a step."""
+    """The package is then plain Python; test_ops.py makes it take a step."""
     result = subprocess.run(
         [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)],
         cwd=ROOT,
@@ -141,7 +141,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
 
 
 def pins() -> dict[str, str]:
-    """Package -> version, of the lines that hold for this Python."""
+    """Package -> version, from the lines that apply to this Python."""
     found: dict[str, str] = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if not line or line.startswith("#"):
@@ -156,7 +156,7 @@ def pins() -> dict[str, str]:
 
 
 def installed_requirements(roots: list[str]) -> set[str]:
-    """Names of ``roots`` and of all that the installed ones among them bring."""
+    """Names of ``roots`` and of all dependencies of the installed ones among them."""
     names: set[str] = set()
     todo = [Requirement(root) for root in roots]
     seen = set()
@@ -180,7 +180,7 @@ def installed_requirements(roots: list[str]) -> set[str]:
 
 
 def test_everything_that_setup_installs_is_pinned() -> None:
-    """Packages that others bring included: an unpinned one changes under a user's feet."""
+    """Including indirect dependencies: an unpinned one changes under a user's feet."""
     extras = PYPROJECT["project"]["optional-dependencies"]
     roots = PYPROJECT["project"]["dependencies"]
     roots = roots + extras["experiments"] + extras["dev"] + extras["docs"]
@@ -199,7 +199,7 @@ def test_pins_satisfy_pyproject() -> None:
         )
 
 
-# The set-up, with an interpreter that only writes down what it is asked
+# The setup script, with an interpreter that only records how it is called
 
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
@@ -212,7 +212,7 @@ esac
 
 
 class SetUp:
-    """A copy of what set-up reads, and a stand-in for the environment it would make."""
+    """A copy of what setup reads, and a stand-in for the environment it would create."""
 
     def __init__(self, folder: Path) -> None:
         self.project = folder / "project"
@@ -288,7 +288,7 @@ def test_setup_without_ffcv_says_so_and_ends_well(set_up: SetUp) -> None:
 
 @pytest.mark.skipif("CI" not in os.environ, reason="only the set-up of .ci/run must have built it")
 def test_setup_has_built_ffcv_and_the_native_step() -> None:
-    """Without it the tests of the native step would be skipped, and nobody would notice."""
+    """Otherwise the tests of the native step would be skipped, and nobody would notice."""
     importlib.import_module("ffcv")
     assert ops.native_kernel("cpu"), ops.load_native_library()
 

@@ -1,7 +1,7 @@
-"""docs/trainers.md: MicroAdam in other people's trainers, stopped in the middle and gone on with.
+"""docs/trainers.md: MicroAdam in other people's trainers, stopped midway and resumed.
 
-Each trainer saves and loads the optimizer in its own way, and torch's own way destroys MicroAdam's
-state (it would cast indices to the parameters' dtype): only a resumed run shows that it survives.
+Each trainer saves and loads the optimizer in its own way, and torch's default way would destroy
+MicroAdam's state (by casting indices to the parameters' dtype): only resuming shows it survives.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def test_lightning_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_released", [False, True])
 def test_a_plain_recipe_resumes_bit_for_bit(tmp_path: Path, is_released: bool) -> None:
-    """As torchtune's recipes are written: one file with everything, loaded with weights_only."""
+    """In the style of torchtune's recipes: one file for everything, loaded with weights_only."""
 
     def train(first: int, last: int, saved: Path | None = None) -> nn.Module:
         model = Regression()

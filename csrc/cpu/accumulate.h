@@ -1,4 +1,4 @@
-// accumulator = gradient + error feedback, with a list of those that may be among the largest.
+// accumulator = gradient + error feedback, with a list of candidates for the largest.
 #pragma once
 
 #include "block.h"
@@ -27,8 +27,8 @@ void accumulate_bucket(const Grad* grad, const uint8_t* codes, float minimum, fl
   }
 }
 
-// A bit for each of at most 64 values: whether its magnitude reaches the threshold, or is NaN. All
-// 64 are read, however few count.
+// A bit for each of up to 64 values: whether its magnitude reaches the threshold, or is NaN. All 64
+// are read, however few count.
 inline uint64_t marks_of(const float* values, int length, float threshold) {
 #if defined(__AVX512VBMI2__)
   const __m512 limit = _mm512_set1_ps(threshold);
@@ -56,7 +56,7 @@ MICROADAM_INLINE int append_marked(uint64_t marks, int first_element, int32_t* c
                                    int count) {
   const int end = count + __builtin_popcountll(marks);
 #if defined(__AVX512VBMI2__)
-  // Few are marked: the first sixteen are written whether they are there or not.
+  // Few are marked: the first sixteen are always written, whether marked or not.
   __m512i places = _mm512_maskz_compress_epi8(marks, _mm512_load_si512(kPlaces.values));
   const __m512i first = _mm512_set1_epi32(first_element);
   while (true) {
@@ -67,8 +67,8 @@ MICROADAM_INLINE int append_marked(uint64_t marks, int first_element, int32_t* c
     places = _mm512_alignr_epi64(places, places, 2);
   }
 #else
-  // Most words have few marks. The first three are written whether they are there or not, which
-  // spares a branch that cannot be predicted.
+  // Most words have few marks. The first three are always written, marked or not, which avoids an
+  // unpredictable branch.
   for (int i = 0; i < 3; ++i, marks &= marks - 1) {
     candidates[count + i] = first_element + __builtin_ctzll(marks | (uint64_t{1} << 63));
   }
@@ -79,8 +79,8 @@ MICROADAM_INLINE int append_marked(uint64_t marks, int first_element, int32_t* c
 #endif
 }
 
-// The elements from `first_element` on whose magnitudes reach the threshold, ascending, into
-// scratch.candidates after the `count` that are there; returns how many there are now.
+// Appends the elements from `first_element` on whose magnitudes reach the threshold, ascending, to
+// the `count` already in scratch.candidates; returns how many there are now.
 inline int append_candidates(int first_element, int length, float threshold, Scratch& scratch,
                              int count) {
   for (int i = first_element; i < length; i += 64) {
@@ -105,8 +105,8 @@ int accumulate_buckets(const Grad* grad, const uint8_t* codes, int num_buckets, 
     // One vector holds what each of the 16 codes stands for: to dequantize is to look up.
     const __m512 low = _mm512_set1_ps(bucket_min[b]), unit = _mm512_set1_ps(bucket_unit[b]);
     const __m512 feedback = _mm512_add_ps(_mm512_mul_ps(levels, unit), low);
-    // Stores sixteen accumulators; returns which of them are above. Of a code, only the low four
-    // bits are looked at.
+    // Stores sixteen accumulators; returns which of them are above. Only the low four bits of a
+    // code are used.
     const auto accumulate = [&](int i, __m512i code) {
       __m512 value = load_16(grad + i);
       if constexpr (kIsScaled) value = _mm512_mul_ps(value, scale);
@@ -171,7 +171,7 @@ int accumulate_buckets(const Grad* grad, const uint8_t* codes, int num_buckets, 
 
 // Fills scratch.accumulator, and scratch.candidates with the elements that reach the block's
 // threshold, ascending; returns how many. A threshold of 0 means that there is none yet: infinity,
-// which only Inf and NaN reach, leaves it to the selection to search the whole block.
+// which only Inf and NaN reach, then leaves it to the selection to search the whole block.
 template <class Grad, class Prefetcher>
 int accumulate(const Settings& s, const Block& block, Scratch& scratch, Prefetcher& prefetcher) {
   const Grad* grad = static_cast<const Grad*>(block.grad);

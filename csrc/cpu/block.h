@@ -15,7 +15,7 @@ constexpr int kLine = 64;  // bytes of a cache line
 // For the bodies of hot loops: a real call would spill the vector registers.
 #define MICROADAM_INLINE inline __attribute__((always_inline))
 
-// A vector of the compiler's own kind: what it does stays plain C++ on every machine.
+// A vector type of the compiler's own: its operations stay plain C++ on every machine.
 typedef float Moments __attribute__((vector_size(8)));  // first, second
 
 // Memory aligned to cache lines, all 0.
@@ -58,7 +58,7 @@ struct Scratch {
   Buffer<float> bucket_min;    // (num_buckets,) of the old error feedback, then of the new
   Buffer<float> bucket_unit;   // (num_buckets,) of the old, then the reciprocal of the new
   Buffer<int32_t> candidates;  // the elements that reach the threshold, ascending
-  Buffer<int32_t> magnitudes;  // theirs, as bits: ordered as the floats are
+  Buffer<int32_t> magnitudes;  // of the candidates, as bits: ordered as the floats are
   Buffer<float> weights1;      // (window_size, k) beta1^age of every window entry
   Buffer<float> weights2;      // (window_size, k) beta2^age
   // (window_size, k, 2) what an entry adds to its coordinate's moments, then (window_size, k) what
@@ -71,7 +71,7 @@ struct Block {
   int length;
   int k;
   int slot_stride;  // entries from one window slot to the next
-  int num_slots;    // filled, this step's included
+  int num_slots;    // filled, including this step's
   int newest_slot;
   int64_t first_element;
   void* values;
@@ -109,7 +109,7 @@ inline Block block_of(const Settings& s, const ParameterStep& p, int64_t index) 
   };
 }
 
-// Asks for the memory from `begin` on. It may lie past the end of a tensor.
+// Requests the memory from `begin` on, which may lie past the end of a tensor.
 inline void prefetch(const void* begin, size_t size) {
   const char* line = static_cast<const char*>(begin);
   for (size_t i = 0; i < size; i += kLine) __builtin_prefetch(line + i, 0, 2);
@@ -127,9 +127,9 @@ inline void prefetch_state(const Settings& s, const Block& next) {
 }
 
 // Fetches the next block's gradient and parameters, 16 elements of each at a time. The work on this
-// block calls `advance` a little more often than there are such pieces (256 in 4,096 elements), as
-// evenly in time as can be: fetched in bursts, the lines arrive late, and the step takes a sixth
-// longer.
+// block calls `advance` a little more often than there are such pieces (256 in 4,096 elements),
+// spaced as evenly in time as possible: fetched in bursts, the lines arrive late, and the step
+// takes a sixth longer.
 template <class Param, class Grad>
 class Prefetcher {
  public:

@@ -1,6 +1,6 @@
-// The kernel for x86 with AVX-512 as Ice Lake and Zen 4 brought it (VBMI2 included).
+// The kernel for x86 with AVX-512 as of Ice Lake and Zen 4 (including VBMI2).
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 warns of vectors that its own header leaves uninitialized on purpose.
+// GCC 12 warns about vectors that its own header leaves uninitialized on purpose.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif

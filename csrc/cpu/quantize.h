@@ -1,4 +1,4 @@
-// error feedback = quantized residual
+// error feedback = the quantized residual
 #pragma once
 
 #include "block.h"
@@ -123,8 +123,8 @@ MICROADAM_INLINE void encode_bucket(const float* residual, float low, float inve
 constexpr int kLanes = sizeof(Floats) / sizeof(float);
 static_assert(kLanes <= kSpareBuckets, "the scratch memory has no room");
 
-// The ranges of as many buckets of 64 as a vector has lanes: stored as the next error feedback's,
-// and as what encodes this one.
+// The ranges of as many buckets of 64 as a vector has lanes, stored twice: for the next step to
+// dequantize with, and in the form that the encoding here needs.
 inline void find_ranges(const float* residual, float kept_share, BFloat16* minimum,
                         BFloat16* maximum, float* lows, float* inverses) {
   Floats lowest[kLanes], highest[kLanes];
@@ -158,7 +158,7 @@ void quantize_residual(const Settings& s, const Block& block, Scratch& scratch,
 #if defined(__AVX2__)
   if (size == kVectorBucket) {
     std::fill(residual + block.length, residual + num_buckets * size, residual[block.length - 1]);
-    // All ranges first: the divisions of a few buckets would be waited for.
+    // All ranges first: the divisions for a few buckets at a time would cause stalls.
     for (int first = 0; first < num_buckets; first += kLanes) {
       BFloat16 minima[kLanes], maxima[kLanes];
       find_ranges(residual + first * size, s.kept_share, minima, maxima, scratch.bucket_min + first,

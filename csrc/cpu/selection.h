@@ -9,8 +9,9 @@ namespace {
 
 typedef int32_t EightInts __attribute__((vector_size(32)));
 
-// The magnitudes, as bits, of the largest of every eight elements: each of 64 elements' columns of
-// eight is one value. Those left over stand for themselves. Returns how many values there are.
+// The magnitudes, as bits, of the largest of every eight elements: of each 64 elements, every
+// column of eight gives one value. Those left over are values themselves. Returns the number of
+// values.
 inline int find_group_maxima(const float* accumulator, int length, int32_t* maxima) {
   int count = 0, i = 0;
   for (; i + 64 <= length; i += 64, count += 8) {
@@ -32,8 +33,8 @@ inline int count_reaching(const int32_t* values, int count, int32_t bound) {
   return num_reaching;
 }
 
-// A bound that `rank` of the values reach, or at most `slack` more; where equal values allow none,
-// the value of that rank. All values reach `lowest`, at least `rank` of them, and none exceeds
+// A bound that `rank` of the values reach, or at most `slack` more; if equal values allow none, the
+// value of that rank. All values reach `lowest`, at least `rank` of them, and none exceeds
 // `largest`.
 inline int32_t find_bound(const int32_t* values, int count, int rank, int slack, int32_t lowest,
                           int32_t largest) {
@@ -48,14 +49,14 @@ inline int32_t find_bound(const int32_t* values, int count, int rank, int slack,
 }
 
 // Writes the indices of the k largest magnitudes, ascending, and guesses the next step's threshold.
-// `count` elements reached this one's. Returns false, and writes nothing, where a magnitude is too
+// `count` elements reached this one's. Returns false, and writes nothing, if a magnitude is too
 // large or NaN.
 inline bool select_top_k(const Block& block, int count, bool has_zero_rows, Scratch& scratch,
                          int16_t* selected) {
   const int32_t too_large = static_cast<int32_t>(bits_of(kMaxMagnitude));
   const int k = block.k;
   // More candidates than needed make the next step's guess safe, too many make it slow. Where the
-  // gradient is 0, the next step chooses among what this one leaves over.
+  // gradient is 0, the next step selects from what this one leaves over.
   const int num_spare = 3 * static_cast<int>(sqrtf(float(k))) + 1;
   const int num_wanted = std::min(block.length, (has_zero_rows ? 2 * k : k) + num_spare);
   const float* accumulator = scratch.accumulator;
@@ -96,14 +97,14 @@ inline bool select_top_k(const Block& block, int count, bool has_zero_rows, Scra
   for (int i = 0; i < count; ++i) largest = std::max(largest, magnitudes[i]);
   if (largest >= too_large) return false;
 
-  // A bound that exactly k magnitudes reach; where ties allow none, the k-th magnitude itself.
+  // A bound that exactly k magnitudes reach; if ties allow none, the k-th magnitude itself.
   const int32_t kth =
       find_bound(magnitudes, count, k, 0, static_cast<int32_t>(bits_of(edge)), largest);
-  // The wanted number would reach a threshold on the line through the two that are known.
+  // A threshold that the wanted number would reach, on the line through the two known ones.
   const float slope = (float_of(kth) - edge) / static_cast<float>(count - k + 1);
   *block.threshold = std::max(0.5f * edge, edge + slope * static_cast<float>(count - num_wanted));
 
-  // Of those that equal the k-th, the first ones are taken, which nearly always are all of them.
+  // Of those that equal the k-th, the first ones are taken: nearly always all of them.
   int num_ties_to_take = k, num_reaching = 0;
   for (int i = 0; i < count; ++i) {
     num_ties_to_take -= magnitudes[i] > kth;

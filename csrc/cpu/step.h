@@ -28,7 +28,7 @@ struct Settings {
 struct ParameterStep : Parameter {
   explicit ParameterStep(const Parameter& parameter) : Parameter(parameter) {}
   int64_t num_blocks;
-  int64_t step_number;  // this one included
+  int64_t step_number;  // including this one
   UpdateFactors factors;
   RoundingKey rounding;
 };

@@ -88,8 +88,8 @@ MICROADAM_INLINE __m256 take_eight_updates(Moments* moments, const int16_t* indi
 }
 #endif
 
-// Takes the window's moments and makes of them what is subtracted from every entry's coordinate.
-// Leaves the moments 0: where a coordinate occurs again, its update is 0.
+// Takes the window's moments and turns them into what is subtracted from each entry's coordinate.
+// Leaves the moments 0: if a coordinate occurs again, its update is 0.
 template <class Prefetcher>
 void take_updates(const Block& block, const UpdateFactors& factors, Moments* moments,
                   float* updates, Prefetcher& prefetcher) {
@@ -159,7 +159,7 @@ MICROADAM_INLINE void subtract_eight(Param* values, const int16_t* indices, cons
   for (int i = 7; i >= 0; --i) values[indices[i]] = results[i];
 }
 
-// `rate` times the error feedback, which is that of the next step by now.
+// `rate` times the error feedback, which by now is that of the next step.
 inline void scale_feedback(const Settings& s, const Block& block, float rate, float* scaled) {
   const int size = s.bucket_size, half = size / 2;
   for (int first = 0, b = 0; first < block.length; first += size, ++b) {

@@ -13,7 +13,7 @@ constexpr int kWarps = kThreads / 32;
 // Thread blocks that share a multiprocessor, which bounds the registers of a thread: to 64 for 4.
 #if defined(__CUDA_ARCH__) && \
     (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-constexpr int kMinBlocksPerSm = 2;  // more do not find the shared memory that they need
+constexpr int kMinBlocksPerSm = 2;  // more would not fit in shared memory
 #else
 constexpr int kMinBlocksPerSm = 4;
 #endif
@@ -22,7 +22,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kRegisterBlock = 4096;  // elements of a RegisterBlock
 
 constexpr int kMaxBlockSize = 32768;
-constexpr int kMaxWords = kMaxBlockSize / 32;  // of a bitmap with one bit an element
+constexpr int kMaxWords = kMaxBlockSize / 32;  // of a bitmap with one bit per element
 constexpr int kMaxCandidates = kThreads;
 constexpr int kMomentChunk = 4096;    // coordinates whose moments are summed at a time
 constexpr int kEntriesPerThread = 4;  // of the window of a RegisterBlock
@@ -42,7 +42,7 @@ struct Entry {
 struct alignas(16) Selection {
   float accumulators[kRegisterBlock];  // of a RegisterBlock; 0 where an element has been taken
   uint32_t taken[kMaxWords];  // of a MemoryBlock: a bit for each element that has been taken
-  // Where the list has no room for the candidates: which magnitudes exceed the k-th, and equal it.
+  // If the list has no room for the candidates: which magnitudes exceed the k-th, and equal it.
   uint32_t above[kMaxWords];
   uint32_t equal[kMaxWords];
   int indices[kMaxCandidates];          // of the selected elements, then kMaxBlockSize
@@ -50,7 +50,7 @@ struct alignas(16) Selection {
 };
 
 struct Moments {
-  float first[kMomentChunk];  // in the end the update of the coordinate
+  float first[kMomentChunk];  // finally the update of the coordinate
   float second[kMomentChunk];
 };
 
@@ -68,8 +68,8 @@ struct alignas(16) Shared {
   bool is_finite;
   float kth;      // magnitude
   float wanted;   // magnitude that the next step's guess should have
-  uint32_t step;  // this one included
-  int num_slots;  // of the window that are filled, this step's included
+  uint32_t step;  // including this one
+  int num_slots;  // of the window that are filled, including this step's
   int newest_slot;
   UpdateFactors factors;
   float decay;          // 1 - lr * weight_decay
@@ -79,8 +79,8 @@ struct alignas(16) Shared {
 __device__ int lane() { return threadIdx.x % 32; }
 __device__ int warp() { return threadIdx.x / 32; }
 
-// The threads, numbered from another warp on in each block: work of the first few threads is shared
-// among the four schedulers of a multiprocessor.
+// The thread's number, counted from a different warp in each block: work for only the first few
+// threads is thus spread over the four schedulers of a multiprocessor.
 __device__ int rotated_thread() { return (threadIdx.x + 32 * blockIdx.x) % kThreads; }
 
 // A top-k block. Its addresses are computed wherever they are used: registers are scarcer than
@@ -145,7 +145,7 @@ class RegisterBlock {
   __device__ static constexpr int length() { return kBlock; }
 
   // Loads gradient, error feedback and window: all of its slots, so as not to wait for the step
-  // number, which tells the newest one. That one is overwritten later.
+  // number, which determines the newest one. That one is overwritten later.
   __device__ RegisterBlock(const Block& block, Shared& shared)
       : block_(block),
         accumulators_(shared.selection.accumulators),
@@ -249,7 +249,8 @@ class RegisterBlock {
         high_pair = half + i == 0 ? pair : maxima(high_pair, pair);
       }
     }
-    // The largest in the high half; in the low half the largest of the negated, for the smallest.
+    // The largest in the high half; in the low half the largest of the negated values, which gives
+    // the smallest.
     low_pair ^= 0x80008000u;
     uint32_t range =
         maxima(__byte_perm(low_pair, high_pair, 0x5410), __byte_perm(low_pair, high_pair, 0x7632));

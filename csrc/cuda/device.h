@@ -17,8 +17,8 @@ namespace microadam::cuda {
                     "MicroAdam's step on a CUDA device failed: ", cudaGetErrorString(status)); \
   } while (false)
 
-// The current stream of a device. Looked up in torch's CUDA library, which is loaded wherever there
-// is a CUDA tensor: linked against it, ours would not load into a torch for CPUs only.
+// The current stream of a device. Looked up in torch's CUDA library, which is loaded whenever there
+// is a CUDA tensor: if ours were linked against it, it would not load into a CPU-only torch.
 inline cudaStream_t current_stream(int32_t device) {
   using Getter = AOTITorchError (*)(int32_t device, void** stream);
   static const Getter getter = [] {
@@ -38,7 +38,7 @@ class DeviceOf {
  public:
   explicit DeviceOf(const torch::stable::Tensor& t)
       : guard_(t.get_device_index()), stream_(current_stream(t.get_device_index())) {
-    // The CUDA runtime in this library is its own copy: tell it, too.
+    // This library has its own copy of the CUDA runtime, which must be told too.
     MICROADAM_CUDA_CHECK(cudaSetDevice(t.get_device_index()));
   }
   cudaStream_t stream() const { return stream_; }

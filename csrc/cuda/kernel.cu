@@ -2,11 +2,11 @@
 //
 // A full block of the default size stays in registers and shared memory from its gradient to its
 // new error feedback (RegisterBlock, whose can_hold lists the conditions), so that every byte moves
-// once. Other blocks, the tails of parameters among them, are read again in every pass
-// (MemoryBlock): simple, and slower.
+// once. Other blocks, including the tails of parameters, are read again in every pass
+// (MemoryBlock): simple, but slower.
 //
-// Everything is deterministic: the order of atomic operations changes nothing but the places of
-// candidates in a list, and their places change no result.
+// Everything is deterministic: the order of atomic operations affects only the places of candidates
+// in a list, and these affect no result.
 #include "kernel.h"
 #include "selection.cuh"
 
@@ -100,7 +100,7 @@ __device__ void sum_moments(const Block& block, const Elements& elements, int be
       for (int h = 0; h < 2; ++h) {
         if (values[h] == 0.0f) continue;
         first[h] = moments.first[coordinates[h]] + values[h] * first_weight;
-        // The weight before the square: 0 times an infinite square would be NaN.
+        // The weight is multiplied in before squaring: 0 times an infinite square would be NaN.
         second[h] = moments.second[coordinates[h]] + values[h] * second_weight * values[h];
       }
 #pragma unroll
@@ -125,7 +125,7 @@ __device__ void apply_window(const Block& block, const Elements& elements, Share
   const Settings& s = block.s;
   const Rounding rounding = {s.stochastic_rounding, {s.seed, block.p.ordinal, shared.step}};
   const int num_entries = shared.num_slots * block.k;
-  // Usually no element changes but those in the window.
+  // Usually only the elements in the window change.
   const bool is_dense = shared.decay != 1.0f || shared.feedback_rate != 0.0f;
   Moments& moments = shared.moments;
 #pragma unroll 1
@@ -161,7 +161,7 @@ __device__ void apply_window(const Block& block, const Elements& elements, Share
     for (int e = threadIdx.x; e < num_entries; e += kThreads) {
       const int i = elements.entry(e).index() - begin;
       if (i < 0 || i >= size) continue;
-      // The first thread to come takes the coordinate: no sum of squares is negative.
+      // The first thread to arrive takes the coordinate: no sum of squares is negative.
       const float second = atomicExch(&moments.second[i], -1.0f);
       if (second < 0.0f) continue;
       const float update = parameter_update(moments.first[i], second, shared.factors);
@@ -225,7 +225,7 @@ __global__ void count_kernel(const __grid_constant__ Counters counters) {
   if (i < counters.num_steps) ++*counters.steps[i];
 }
 
-// The parameter that a block of the launch belongs to: the last one that begins at it or before.
+// The parameter that a block of the launch belongs to: the last one that begins at or before it.
 __device__ int parameter_of(const Launch& launch, int block) {
   int parameter = 0;
   for (int end = launch.num_parameters; end - parameter > 1;) {

@@ -1,4 +1,4 @@
-// What one launch of the CUDA step is told, and the launch itself. Free of torch, so that nvcc
+// The arguments of one launch of the CUDA step, and the launch itself. Free of torch, so that nvcc
 // compiles nothing but the kernels.
 #pragma once
 
@@ -20,14 +20,14 @@ struct Beta {
 
 // A scalar on the device, float32 or float64.
 struct DeviceScalar {
-  const void* value;  // null: there is none
+  const void* value;  // null if there is none
   bool is_double;
 };
 
 struct Settings {
   Beta beta1;
   Beta beta2;
-  double lr;  // where lr_tensor is null
+  double lr;  // if lr_tensor is null
   double weight_decay;
   double alpha;
   DeviceScalar lr_tensor;
@@ -46,8 +46,8 @@ struct Settings {
   bool stochastic_rounding;
 };
 
-// Tables travel as an argument of the kernel, so that a step needs neither memory nor a copy and
-// can be captured in a graph. Every launch sends its whole table, filled or not, and under gradient
+// Tables are passed as a kernel argument, so that a step needs neither memory nor a copy and can be
+// captured in a graph. Every launch sends its whole table, filled or not, and under gradient
 // release there is one parameter in it: the budget stays below the 32 KB that CUDA allows.
 // Arguments of more than 4 KB need driver R530 or newer, which CUDA 13 guarantees and CUDA 12 does
 // not.
@@ -75,8 +75,8 @@ struct Counters {
 };
 static_assert(sizeof(Counters) <= 4096, "arguments have no room for as many counters");
 
-// Counts a step, unless an Inf was found. `step` must come behind it in the stream: its blocks must
-// not race with one that counts.
+// Counts a step, unless an Inf was found. `step` must come after it in the stream: its blocks must
+// not race with the counting.
 cudaError_t count(const Counters& counters, cudaStream_t stream);
 
 // Steps the parameters of `launch`, which have `num_blocks` top-k blocks in all.

@@ -23,7 +23,7 @@ __device__ void prefetch(const void* pointer) {
 
 // How a parameter is rounded to its dtype.
 struct Rounding {
-  bool is_stochastic;  // else to nearest even
+  bool is_stochastic;  // otherwise to nearest even
   RoundingKey key;
 };
 
@@ -55,7 +55,7 @@ __device__ Run<T> fetch_run(const T* values) {
   return run;
 }
 
-// The same where the run does not begin at a multiple of 16 bytes.
+// The same for a run that does not begin at a multiple of 16 bytes.
 template <class T>
 __device__ Run<T> fetch_unaligned_run(const T* values) {
   Run<T> run = {};

@@ -1,4 +1,4 @@
-// Single GPU instructions that replace several, each with the plain C++ that defines it.
+// Single GPU instructions that replace several, each next to the plain C++ that defines it.
 #pragma once
 
 #include "../algorithm.h"
@@ -41,8 +41,8 @@ __device__ uint32_t maxima(uint32_t a, uint32_t b) {
 #endif
 }
 
-// Shifts a byte into `codes` from below: two levels, rounded down and clamped to 4 bits, `low` in
-// the low half.
+// Shifts a byte into `codes` from the low end: two levels, rounded down and clamped to 4 bits,
+// `low` in the low half.
 __device__ uint32_t shift_in_codes(float low, float high, uint32_t codes) {
   // Scaled by 2^-149, the smallest float, a level becomes a subnormal number whose bits are the
   // level rounded down to an integer. That needs subnormal numbers: never compile with -ftz=true.
@@ -86,8 +86,8 @@ __device__ void count_if_greater(int& count, int a, int b) {
 // Four codes, one in the low half of each byte, times the unit.
 __device__ void multiply_codes(uint32_t codes, float unit, float (&out)[4]) {
   // The code goes into the low mantissa bits of the bfloat16 128.0, which gives 128 + code without
-  // a conversion. The fused operation takes 128 * unit, which is exact, off again and rounds once:
-  // the result is code * unit, rounded.
+  // a conversion. The fused operation subtracts 128 * unit, which is exact, and rounds once: the
+  // result is code * unit, rounded.
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t shifted = __byte_perm(codes, 0x43000000u, 0x7044 | i << 8);

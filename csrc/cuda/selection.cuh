@@ -41,8 +41,8 @@ __device__ void list_candidates(const Elements& elements, uint32_t probe, Shared
 }
 
 // From a list of k candidates or more: takes the k largest, calls emit(position, index, value) for
-// each, and leaves a guess for the next step. Returns false where one is not finite; the parameter
-// and its state are untouched then.
+// each, and leaves a guess for the next step. Returns false if one is not finite; the parameter and
+// its state are then untouched.
 template <class Elements, class Emit>
 __device__ bool take_candidates(Elements& elements, const Block& block, int count, Shared& shared,
                                 Emit emit) {
@@ -94,7 +94,7 @@ __device__ bool take_candidates(Elements& elements, const Block& block, int coun
   return true;
 }
 
-// The same where a list has no room: too many elements equal the k-th, or k is too large.
+// The same for when the list has no room: too many elements equal the k-th, or k is too large.
 template <class Elements, class Emit>
 __device__ void take_by_bitmaps(Elements& elements, const Block& block, uint32_t kth,
                                 Shared& shared, Emit emit) {
@@ -117,7 +117,7 @@ __device__ void take_by_bitmaps(Elements& elements, const Block& block, uint32_t
   const int begin = min(num_words, static_cast<int>(threadIdx.x) * words_per_thread);
   const int end = min(num_words, begin + words_per_thread);
   uint32_t own = 0;  // above in the low half, equal in the high half
-#pragma unroll 1     // one word a thread, unless blocks are longer than 8192
+#pragma unroll 1     // one word per thread, unless blocks are longer than 8192
   for (int w = begin; w < end; ++w) {
     own += __popc(selection.above[w]) + (static_cast<uint32_t>(__popc(selection.equal[w])) << 16);
   }
@@ -138,7 +138,7 @@ __device__ void take_by_bitmaps(Elements& elements, const Block& block, uint32_t
     total += partial_sums[i];
   }
 
-  // The first ones among equals are taken.
+  // Among equals, the first ones are taken.
   const uint32_t num_ties_to_take = block.k - (total & 0xffffu);
   uint32_t equal_before = before >> 16;
   uint32_t position = (before & 0xffffu) + min(num_ties_to_take, equal_before);
@@ -155,17 +155,17 @@ __device__ void take_by_bitmaps(Elements& elements, const Block& block, uint32_t
   __syncthreads();
 }
 
-// The magnitude that the first list goes down to: the last step's guess, where it is one.
+// The magnitude that the first list goes down to: the last step's guess, if it made one.
 __device__ uint32_t first_probe(float guess) {
   return min(max(magnitude_bits(guess), 1u), bits_of(kMaxMagnitude) - 1);
 }
 
 // From the list of those that reach `probe`: selects, takes, and calls emit(position, index, value)
-// for each element, positions in the order of indices. Returns false where the block holds a NaN or
-// an Inf; the parameter and its state are untouched then.
+// for each element, positions in the order of indices. Returns false if the block holds a NaN or an
+// Inf; the parameter and its state are then untouched.
 //
-// The guess of the last step usually leaves a few more than k candidates. Else bisection over the
-// bits finds a magnitude that does, or, where too many are equal, the k-th itself.
+// The guess of the last step usually leaves a few more than k candidates. Otherwise bisection over
+// the bits finds a magnitude that does or, if too many are equal, the k-th itself.
 template <class Elements, class Emit>
 __device__ bool select(Elements& elements, const Block& block, uint32_t probe, Shared& shared,
                        Emit emit) {

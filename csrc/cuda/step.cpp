@@ -1,4 +1,4 @@
-// microadam::step_ on a CUDA device: deals the parameters out to launches of the kernel.
+// microadam::step_ on a CUDA device: distributes the parameters over launches of the kernel.
 #include "../arguments.h"
 #include "../library.h"
 #include "device.h"

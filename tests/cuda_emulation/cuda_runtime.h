@@ -1,14 +1,13 @@
-// Stands in for CUDA's header of the same name, so that a C++ compiler builds csrc/cuda for the
+// Stands in for CUDA's header of the same name, so that a C++ compiler can build csrc/cuda for the
 // CPU.
 //
-// The threads of a block are fibers. One runs until it meets another in a barrier or a collective
-// of its warp; then the next one runs. The order is shuffled in every round (its seed:
-// EMULATION_SEED), so that a missing barrier shows as a result that depends on it. Threads that
-// wait for each other forever, or collectives that only a part of a warp reaches, end the process
-// with a message.
+// The threads of a block are fibers. Each runs until it reaches a barrier or a collective of its
+// warp; then the next one runs. The order is shuffled in every round (the seed: EMULATION_SEED), so
+// that a missing barrier shows up as a result that depends on the order. Threads that wait for each
+// other forever, and collectives that only part of a warp reaches, end the process with a message.
 //
-// What this cannot show: speed, memory accesses that are misaligned or race between two barriers in
-// another order than whole threads, and what nvcc makes of the code.
+// This cannot reveal: speed, misaligned memory accesses, races between two barriers that need a
+// finer interleaving than whole threads, or what nvcc makes of the code.
 #pragma once
 
 #include <ucontext.h>
@@ -33,7 +32,7 @@
 #define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one after the other
+#define __shared__ static  // blocks run one after another
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -63,7 +62,7 @@ struct Fiber {
   bool is_done = false;
 };
 
-// Threads that meet: each brings a value, and goes on once all have come.
+// A meeting of threads: each brings a value, and continues once all have arrived.
 struct Meeting {
   int num_members = 0;
   int num_here = 0;
@@ -77,7 +76,7 @@ inline struct Machine {
   std::vector<Fiber> fibers;
   ucontext_t scheduler;
   int current = 0;
-  uint64_t num_events = 0;  // grows whenever a thread gets on
+  uint64_t num_events = 0;  // grows whenever a thread makes progress
   Meeting block;
   std::vector<Meeting> warps;
   std::minstd_rand random;
@@ -149,7 +148,7 @@ inline void run_block() {
   }
 }
 
-// The values of the caller's warp. `caller` tells one collective in the program from another.
+// The values of the caller's warp. `caller` identifies the collective in the program.
 inline const uint64_t* meet_warp(unsigned mask, uint64_t value, const void* caller) {
   if (mask != 0xffffffffu) fail("calls a collective with a part of its warp");
   const int thread = machine.current;
@@ -175,7 +174,7 @@ T value_of(uint64_t bits) {
 #define blockIdx emulation::machine.block_index
 #define threadIdx emulation::machine.thread_index
 
-// A lambda's static variable has an address of its own at every place where a macro stands.
+// A lambda's static variable has a different address at each use of the macro.
 #define EMULATED_HERE    \
   ([]() -> const void* { \
     static char here;    \
@@ -222,7 +221,7 @@ inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); 
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>(((uint64_t{high} << 32 | low) << (shift % 32)) >> 32);
 }
-// Without the replication of signs that a selector's fourth bit asks for.
+// Without the sign replication that the fourth bit of a selector requests.
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) {

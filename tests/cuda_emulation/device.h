@@ -1,4 +1,4 @@
-// Stands in for csrc/cuda/device.h: the emulated device is the CPU. Included first.
+// Stands in for csrc/cuda/device.h; the emulated device is the CPU. Must be included first.
 #define MICROADAM_CUDA_DEVICE_H
 
 #include <cuda_runtime.h>

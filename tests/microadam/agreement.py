@@ -1,8 +1,8 @@
-"""One step by the operator and one by plain torch, from the same state, compared.
+"""Compares one step by the operator with one by plain torch, from the same state.
 
-The state must be the same bit for bit: what the native kernels compute up to there is the same
-float32 operations in the same order. Parameters may differ in the last place, because torch's
-square root on a CPU is not always correctly rounded.
+The state must be the same bit for bit: up to that point the native kernels perform the same float32
+operations in the same order. Parameters may differ in the last place, because torch's square root
+on a CPU is not always correctly rounded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ UPDATE_TOLERANCE = 2.0**-21
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What `ops.step_` takes beside tensors, and the size of the window."""
+    """What `ops.step_` takes besides tensors, and the size of the window."""
 
     window_size: int = 10
     density: float = 0.01
@@ -99,7 +99,7 @@ class Run:
         return arguments._replace(**changes)
 
     def step(self, grads: list[Tensor]) -> None:
-        """By what `ops.step_` chooses."""
+        """By whatever `ops.step_` chooses."""
         ops.step_(self.arguments(grads))
 
     def step_in_plain_torch(self, grads: list[Tensor]) -> None:
@@ -107,14 +107,14 @@ class Run:
 
 
 def largest_feedback(hyper: Hyperparameters, state: dict[str, Tensor], numel: int) -> Tensor:
-    """What `alpha` may at most have subtracted from each element: by the ranges of its bucket."""
+    """The most `alpha` can have subtracted from each element, by the range of its bucket."""
     largest = torch.maximum(state["error_min"].abs(), state["error_max"].abs()).double()
     applied = hyper.lr * hyper.alpha / (1 - hyper.alpha) * largest
     return applied.repeat_interleave(hyper.bucket_size)[:numel]
 
 
 def step_and_compare(run: Run, grads: list[Tensor]) -> None:
-    """Steps ``run`` both ways and asserts that the results agree; it goes on from plain torch's."""
+    """Steps ``run`` both ways and asserts that they agree; ``run`` keeps plain torch's result."""
     native = run.clone()
     before = [p.clone() for p in run.params]
     native.step(grads)
@@ -128,15 +128,15 @@ def step_and_compare(run: Run, grads: list[Tensor]) -> None:
     for ours, theirs, old, state in zip(native.params, run.params, before, run.states, strict=True):
         difference = (ours.double() - theirs.double()).abs()
         decayed = old.double() * (1 - run.hyper.lr * run.hyper.weight_decay)
-        # The window's part and the error feedback's may all but cancel.
+        # The contributions of the window and the error feedback may nearly cancel.
         update = (theirs.double() - decayed).abs() + largest_feedback(run.hyper, state, old.numel())
         place = torch.maximum(theirs.double().abs(), decayed.abs())
         tolerance = torch.finfo(ours.dtype).eps * place + UPDATE_TOLERANCE * update
-        # Below the smallest normal number the last place does not shrink any more.
+        # Below the smallest normal number the last place stops shrinking.
         tolerance += torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps
         agrees = (difference <= tolerance) | (ours == theirs) | (ours.isnan() & theirs.isnan())
         assert agrees.all(), f"parameters differ by {difference.max()}"
-        if ours.element_size() == 2:  # with other random bits many would be rounded otherwise
+        if ours.element_size() == 2:  # wrong random bits would round many differently
             num_other = int((difference > 0).sum())
             assert num_other <= 2 + 1e-3 * ours.numel(), f"{num_other} parameters differ"
     run.thresholds = native.thresholds

@@ -1,4 +1,4 @@
-"""Steps of random shapes and hyperparameters by every CPU kernel, compared with plain torch.
+"""Compares steps of every CPU kernel, with random shapes and hyperparameters, with plain torch.
 
     python -m tests.microadam.fuzz_native --minutes 10
 

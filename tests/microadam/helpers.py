@@ -25,7 +25,7 @@ def new_parameter(
     numel: int, dtype: torch.dtype, rng: np.random.Generator, device: str = "cpu"
 ) -> Tensor:
     p = torch.from_numpy(rng.standard_normal(numel)).to(device, dtype).requires_grad_()
-    p.grad_dtype = None  # the gradient may have a dtype of its own
+    p.grad_dtype = None  # the gradient may have a different dtype
     return p
 
 

@@ -1,10 +1,10 @@
 """Judges one step of `MicroAdam` against the oracle, teacher-forced.
 
-A free run cannot be compared: one rounding tie sends two correct implementations apart for good.
-So every step is judged alone: the oracle starts from the state the optimizer had, and wherever the
-optimizer had to round, what it stored must be a correct rounding of what the oracle holds, within
-float32's own error. What follows from a stored number (codes from a bucket's limits, parameters
-from the window) is judged from the number that was stored.
+Free runs cannot be compared: a single rounding tie makes two correct implementations diverge for
+good. So every step is judged on its own: the oracle starts from the optimizer's state, and wherever
+the optimizer had to round, what it stored must be a correct rounding of what the oracle holds,
+within float32's own error. What follows from a stored number (codes from a bucket's limits,
+parameters from the window) is judged from the number that was stored.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from microadam import MicroAdam
 from tests.microadam import oracle
 from tests.microadam.oracle import Floats, Hyperparameters, State
 
-# Every tolerance of the comparison: how far float32 may be from float64, as a multiple of the
-# magnitudes that were added. Half a unit in the last place of float32 is 2^-24. Sums without an
-# error feedback (a first step) are exact and get no tolerance, so that ties are judged there.
+# All tolerances of the comparison: how far float32 may be from float64, as a multiple of the
+# magnitudes that were added. Half a unit in the last place of float32 is 2^-24. Sums without error
+# feedback (a first step) are exact and get no tolerance, so that ties are judged there.
 TOLERANCES = {
     # max - min, / 15, code * unit, + min, + gradient: 5 roundings, relative to each term
     "accumulator": 2.0**-21,
@@ -68,7 +68,7 @@ def to_numpy(t: Tensor) -> Floats:
 
 
 def in_storage_order(t: Tensor, like: Tensor) -> Floats:
-    """The elements of `t` (numel,), ordered by where those of `like` lie in memory."""
+    """The elements of `t` (numel,), in the memory order of `like`."""
     address = torch.arange(like.untyped_storage().nbytes() // like.element_size())
     order = address.as_strided(like.shape, like.stride()).numpy().ravel().argsort()
     return to_numpy(t).ravel()[order]
@@ -90,7 +90,7 @@ def read_state(state: dict[str, Tensor], numel: int, hyper: Hyperparameters) -> 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A parameter, its gradient and its state at one moment."""
+    """A parameter, its gradient and its state at one point in time."""
 
     parameter: Floats
     gradient: Floats
@@ -133,7 +133,7 @@ def judge_parameter(
     parameter_format: oracle.FloatFormat,
     stochastic_rounding: bool,
 ) -> int:
-    """Asserts that `after` is one step from `before`; returns how many blocks had to be skipped."""
+    """Asserts that `after` is a step from `before`; returns how many blocks had to be skipped."""
     np.testing.assert_array_equal(after.gradient, before.gradient)
     assert after.state.step == before.state.step + 1
 
@@ -187,7 +187,7 @@ def accumulator_error(before: Snapshot, bucket_size: int) -> Floats:
 
 
 def feedback_magnitude(state: State, bucket_size: int) -> Floats:
-    """What rounding errors of the dequantized error are relative to (numel,)."""
+    """The magnitude that rounding errors of the dequantized error are relative to (numel,)."""
     bucket = np.arange(state.codes.size) // bucket_size
     return (np.abs(state.minimum) + np.abs(state.maximum))[bucket]
 
@@ -252,7 +252,7 @@ def judge_bucket(
     alpha: float,
 ) -> None:
     """Limits may differ at ties of bfloat16, codes where (a - min) / u + 0.5 is nearly whole."""
-    limits = []  # those that the codes may have been made with
+    limits = []  # those that the codes may have been computed with
     for stored, reduce in [(minimum, np.min), (maximum, np.max)]:
         lowest, highest = oracle.BFLOAT16.round(
             np.array([reduce(residual - error), reduce(residual + error)])
@@ -316,7 +316,7 @@ def judge_update(
     applied_terms = hyper.lr * oracle.applied_feedback(feedback_terms, hyper.alpha)
     update_error += TOLERANCES["applied_feedback"] * applied_terms
     is_changed = moments.in_window | (hyper.weight_decay != 0) | (hyper.alpha != 0)
-    is_changed &= np.isfinite(before)  # a huge error can have carried a float16 away
+    is_changed &= np.isfinite(before)  # a huge error may have made a float16 overflow
     error = np.where(
         is_changed,
         TOLERANCES["parameter"] * np.abs(before) + update_error + TOLERANCES["underflow"],

@@ -1,10 +1,9 @@
 """MicroAdam in NumPy float64: the judge of every implementation in the package.
 
 Written from the numerical contract alone, element by element where that is the clearest way to say
-it, and sharing no code with the package. Nothing is rounded but what the contract stores: bfloat16
-values and bucket limits, int16 indices, 4-bit codes. An implementation that works in float32 may
-therefore differ where two candidates lie closer together than float32 can tell; `judge.py` says by
-how much.
+it, and sharing no code with the package. Only what the contract stores is rounded: bfloat16 values
+and bucket limits, int16 indices, 4-bit codes. An implementation that works in float32 may therefore
+differ where two candidates are too close for float32 to distinguish; `judge.py` says by how much.
 
 Arrays are one-dimensional over elements in storage order unless their shape is given.
 """
@@ -119,7 +118,7 @@ BFLOAT16 = FloatFormat(8, -125, (2 - 2.0**-7) * 2.0**127)
 FLOAT16 = FloatFormat(11, -13, 65504.0)
 
 
-# Algorithm 1, one function a line of the contract
+# Algorithm 1, one function per line of the contract
 
 
 def dequantize(state: State, bucket_size: int) -> Floats:
@@ -188,7 +187,7 @@ class Moments:
 
     z1: Floats
     z2: Floats
-    z1_magnitude: Floats  # sum of beta1^r |v|: what rounding errors of z1 are relative to
+    z1_magnitude: Floats  # sum of beta1^r |v|, which rounding errors of z1 are relative to
     in_window: NDArray[np.bool_]
 
 
@@ -198,7 +197,7 @@ def window_moments(
     """Contract 6, one block.
 
     Args:
-        indices, values: (window_size, k) of this block, slot of `step` included.
+        indices, values: (window_size, k) of this block, including the slot of `step`.
         step: count of the step being taken, from 1.
         length: elements in the block; only its own k entries of a slot are in use.
     """

@@ -1,8 +1,8 @@
-"""Saving and loading: the state keeps its dtypes, and a resumed run is the uninterrupted one.
+"""Saving and loading: the state keeps its dtypes, and a resumed run equals an uninterrupted one.
 
-Other optimizers with integer state shipped this bug: `Optimizer.load_state_dict` casts every state
-tensor to the parameter's dtype, so indices became bfloat16 (257 -> 256) and the first step after
-resuming took the loss from 2.4 to 1785.
+Other optimizers with integer state have shipped this bug: `Optimizer.load_state_dict` casts every
+state tensor to the parameter's dtype, so indices became bfloat16 (257 -> 256) and the first step
+after resuming took the loss from 2.4 to 1785.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SIZES = (700, 1, 0, 129)
 
 
 def new_run(dtype: torch.dtype) -> MicroAdam:
-    """An optimizer of two groups; indices above 256 appear, which bfloat16 cannot hold."""
+    """An optimizer with two groups; indices above 256 occur, which bfloat16 cannot all hold."""
     rng = np.random.default_rng(0)
     parameters = [new_parameter(numel, dtype, rng) for numel in SIZES]
     hyperparameters = SMALL_BLOCKS | {"block_size": 512, "stochastic_rounding": True}
@@ -122,7 +122,7 @@ def test_loaded_state_is_a_copy() -> None:
 
 
 def test_loaded_state_lies_contiguously() -> None:
-    """The kernels index the state as flat arrays; a saved view may come with other strides."""
+    """The kernels index the state as flat arrays, but a saved view may have other strides."""
     source, target = new_run(torch.float32), new_run(torch.float32)
     take_steps(source, 0, 2)
     saved = copy.deepcopy(source.state_dict())
@@ -146,7 +146,7 @@ def test_parameters_that_never_had_a_gradient_have_no_state_to_load() -> None:
     set_random_gradients(source, np.random.default_rng(0))
     source.param_groups[0]["params"][1].grad = None
     source.step()
-    assert not source.state[source.param_groups[0]["params"][1]]  # makes an empty one
+    assert not source.state[source.param_groups[0]["params"][1]]  # the lookup creates an empty one
     target.load_state_dict(source.state_dict())
     assert 1 not in target.state_dict()["state"]
     take_steps(target, 1, 2)
@@ -226,7 +226,7 @@ def test_state_bytes_is_what_the_tensors_take(tmp_path: Path) -> None:
         tensors = [t for state in optimizer.state.values() for t in state.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    # Beside the state, a kernel may keep one float32 a block, which a checkpoint does not hold.
+    # Besides the state, a kernel may keep one float32 per block, which a checkpoint leaves out.
     num_blocks = sum(state["window_indices"].shape[0] for state in optimizer.state.values())
     assert optimizer.state_bytes() == bytes_of_tensors(optimizer) + 4 * num_blocks > 0
     save(optimizer, tmp_path / "checkpoint.pt")
@@ -279,7 +279,7 @@ def remove_a_hyperparameter(saved: dict[str, Any]) -> None:
 
 
 def point_out_of_the_block(saved: dict[str, Any]) -> None:
-    """The shorter last block of 188 elements; a kernel would write behind the parameter."""
+    """In the shorter last block of 188 elements a kernel would write past the parameter's end."""
     saved["state"][0]["window_indices"][1, 0, 0] = 188
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels compile without warnings, and keep their registers: a spill costs bandwidth."""
+"""The CUDA kernels compile without warnings or register spills, which would cost bandwidth."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_kernels_compile_without_warnings_and_spills(architecture: str, tmp_path
     assert num_spilled_bytes
     assert set(num_spilled_bytes) == {"0"}, result.stderr
     shared_bytes = [int(n) for n in re.findall(r"(\d+) bytes smem", result.stderr)]
-    assert max(shared_bytes) <= 40 << 10  # four thread blocks on an A100, too
+    assert max(shared_bytes) <= 40 << 10  # so four thread blocks fit, even on an A100
 
 
 def test_host_code_compiles_without_warnings(tmp_path: Path) -> None:

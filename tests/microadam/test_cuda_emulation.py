@@ -1,7 +1,7 @@
-"""The CUDA step, all of its source, compiled for the CPU and run there (see tests/cuda_emulation).
+"""The whole source of the CUDA step, compiled for and run on the CPU (see tests/cuda_emulation).
 
-The kernel was written where no GPU was at hand: here its arithmetic, its selection, its barriers
-and the tables it is launched with are compared with plain torch. test_gpu.py does so on a GPU.
+The kernel was written without access to a GPU: its arithmetic, its selection, its barriers and the
+tables it is launched with are tested here against plain torch. test_gpu.py does so on a GPU.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-# Around the ends of buckets, words and blocks; the sizes of one row are stepped in one call.
+# Sizes around the ends of buckets, words and blocks; those of one row are stepped in one call.
 SIZES = [
     [1, 2, 63, 64, 65, 0, 31, 32, 33],
     [4095, 4096, 4097],
@@ -80,7 +80,7 @@ SIZES = [
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("order", ["1", "2"])  # of the threads: results must not depend on it
+@pytest.mark.parametrize("order", ["1", "2"])  # thread order, which must not affect results
 def test_sizes(
     sizes: list[int],
     dtype: torch.dtype,
@@ -91,17 +91,17 @@ def test_sizes(
 ) -> None:
     monkeypatch.setenv("EMULATION_SEED", order)
     run = Run(Hyperparameters(window_size=3), [draw(n, dtype, generator) for n in sizes])
-    for _ in range(5):  # the window is filled, and its first slots are written over
+    for _ in range(5):  # the window fills up, and its first slots are overwritten
         step_and_compare(run, [draw(n, dtype, generator) for n in sizes])
     assert run.num_skipped_blocks == 0
 
 
-# What makes gradients hard, by name: see KINDS in test_native.py.
+# The kinds of hard gradients are defined by KINDS in test_native.py.
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_hard_gradients(kind: str, emulated: None, generator: torch.Generator) -> None:
     sizes = [4096 + 300, 4096, 64]
     run = Run(Hyperparameters(), [draw(n, torch.float32, generator) for n in sizes])
-    for step in range(4):  # an ordinary step first and last: the state must not be spoiled
+    for step in range(4):  # an ordinary step first and last: the state must survive
         numbers = [draw(n, torch.float32, generator) for n in sizes]
         step_and_compare(run, [KINDS[kind](g) if 0 < step < 3 else g for g in numbers])
 
@@ -115,7 +115,7 @@ def test_hard_gradients(kind: str, emulated: None, generator: torch.Generator) -
         Hyperparameters(stochastic_rounding=True, lr=0.1, seed=2**64 - 1),
         Hyperparameters(stochastic_rounding=True, weight_decay=0.1, lr=0.1),
         Hyperparameters(beta1=0.0, beta2=0.0),
-        Hyperparameters(density=0.03, window_size=5),  # more entries a slot than one warp sums up
+        Hyperparameters(density=0.03, window_size=5),  # more entries per slot than one warp sums
         Hyperparameters(density=0.07, window_size=12),  # more entries than a RegisterBlock holds
         Hyperparameters(density=1.0, window_size=2),
         Hyperparameters(
@@ -189,7 +189,7 @@ def test_more_parameters_than_a_launch_takes(emulated: None, generator: torch.Ge
 def test_a_block_that_is_not_finite_is_left_alone(
     value: float, count: int, threshold: float, emulated: None, generator: torch.Generator
 ) -> None:
-    """Whether the guess is met by as many elements as can be listed, by fewer or by more."""
+    """Whether as many elements as can be listed reach the guess, or fewer, or more."""
     run = Run(Hyperparameters(), [draw(2 * 4096 + 300, torch.float32, generator)])
     step_and_compare(run, [draw(2 * 4096 + 300, torch.float32, generator)])
     run.thresholds[0].fill_(threshold)
@@ -210,7 +210,7 @@ def test_misaligned_views(
     emulated: None,
     generator: torch.Generator,
 ) -> None:
-    """As DDP's views of a bucket are. Loads of 16 bytes must not be tried: a GPU would fail."""
+    """Such as DDP's views of a bucket. 16-byte loads must not be tried: a GPU would fault."""
     numel = 2 * 4096
     storage = draw(numel + param_begins_at, dtype, generator)
     run = Run(Hyperparameters(), [storage[param_begins_at:]])
@@ -261,7 +261,7 @@ def test_nothing_is_changed_where_an_argument_is_wrong(
     assert run.states[0]["step"] == 0
 
 
-# What a GPU's first step tests: here with the emulated kernel in the native one's place.
+# The self-test of a GPU's first step, here with the emulated kernel in place of the native one.
 
 check_uncached = check_kernel.__wrapped__
 CPU = torch.device("cpu")
@@ -284,7 +284,7 @@ def test_self_test_passes(
 
 
 class Broken:
-    """An operator that spoils a hundredth of one of its outputs behind a step."""
+    """An operator that corrupts a hundredth of one of its outputs after a step."""
 
     def __init__(self, step_: Any, name: str) -> None:
         self.step_, self.name = step_, name

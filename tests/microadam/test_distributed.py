@@ -1,8 +1,7 @@
 """Sharded parameters and state that moves between shardings.
 
 The bug to prevent: torch.distributed.checkpoint stores a plain tensor once, whichever rank it comes
-from. A sharded optimizer with plain state tensors saves rank 0's and loads it everywhere, without a
-word.
+from. A sharded optimizer with plain state tensors saves rank 0's and silently loads it everywhere.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from microadam.distributed import Shard, assemble, layout_of
 from tests.microadam.helpers import SMALL_BLOCKS, assert_same, new_parameter, set_gradient
 from tests.processes import run_on_ranks
 
-Tensors = list[dict[str, Tensor]]  # of each parameter: itself and its state
+Tensors = list[dict[str, Tensor]]  # per parameter: itself and its state
 GROUP = {**SMALL_BLOCKS, "betas": (0.9, 0.999)}
 
 
-# State that moves, in one process.
+# State that moves between shardings, in one process.
 
 
 def shards_of(num_rows: int, row_size: int, num_shards: int) -> list[Shard]:
-    """Rows dealt out as FSDP2 does it: like torch.chunk, then empty shards."""
+    """Rows distributed as by FSDP2: like torch.chunk, then empty shards."""
     size = -(-num_rows // num_shards)
     cuts = [min(num_rows, rank * size) for rank in range(num_shards + 1)]
     return [
@@ -42,7 +41,7 @@ def shards_of(num_rows: int, row_size: int, num_shards: int) -> list[Shard]:
 
 
 def states_of(shards: list[Shard], num_steps: int, seed: int = 0) -> dict[Shard, Any]:
-    """What each shard's state is after some steps of its own."""
+    """Each shard's state after some steps of its own."""
     rng = np.random.default_rng(seed)
     states = {}
     for shard in shards:
@@ -56,7 +55,7 @@ def states_of(shards: list[Shard], num_steps: int, seed: int = 0) -> dict[Shard,
 
 
 def decoded(states: dict[Shard, Any], window_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Error feedback ``(numel,)`` and window slots ``(window_size, numel)`` of all rows in turn."""
+    """Error feedback ``(numel,)`` and window slots ``(window_size, numel)``, rows in order."""
     errors, windows = [], []
     for shard, state in states.items():
         layout = layout_of(shard.numel, GROUP)
@@ -86,7 +85,7 @@ def decoded(states: dict[Shard, Any], window_size: int) -> tuple[np.ndarray, np.
 def test_a_new_cut_keeps_what_the_state_means(
     num_rows: int, row_size: int, before: int, after: int, num_steps: int
 ) -> None:
-    """Judged in NumPy: a block's largest entries stay, the rest goes to the error feedback."""
+    """Judged in NumPy: a block's largest entries stay, the rest go into the error feedback."""
     window_size, beta1 = GROUP["window_size"], GROUP["betas"][0]
     saved = states_of(shards_of(num_rows, row_size, before), num_steps)
     new = {shard: assemble(saved, shard, GROUP) for shard in shards_of(num_rows, row_size, after)}
@@ -129,7 +128,7 @@ def test_shards_that_cut_at_blocks_move_bit_for_bit(row_size: int) -> None:
 
 
 def test_only_blocks_that_are_cut_anew_are_converted() -> None:
-    """Shards of 5 and 4 rows of 50: the blocks of the first lie at the same place in the whole."""
+    """Shards of 5 and 4 rows of 50: the first one's blocks have the same position in the whole."""
     saved = states_of(shards_of(9, 50, 2), num_steps=4)
     first, _ = saved
     (whole,) = shards_of(9, 50, 1)
@@ -165,7 +164,7 @@ def mix_two_checkpoints(saved: dict[Shard, Any]) -> dict[Shard, Any]:
 
 
 def save_a_part_twice(saved: dict[Shard, Any]) -> dict[Shard, Any]:
-    """[0:5] and [0:3], but nothing of rows 7 and 8: as many elements as the whole."""
+    """[0:5] and [0:3] but not rows 7 and 8: as many elements as the whole."""
     parts = [Shard((9, 50), (rows, (0, 50))) for rows in ((0, 5), (0, 3), (5, 6))]
     return states_of(parts, num_steps=4)
 
@@ -198,7 +197,7 @@ def test_shards_that_do_not_make_the_parameter_are_refused(damage: Any, message:
     assert not optimizer.state
 
 
-# FSDP2 in several processes. 64-wide rows are cut at blocks where a shard holds an even number of
+# FSDP2 in several processes. 64-wide rows are cut between blocks if a shard holds an even number of
 # them; the bias of one row leaves every rank but the first an empty shard.
 
 STEPS_BEFORE, STEPS_AFTER = 4, 3
@@ -290,7 +289,7 @@ def test_template_of_a_parameter_in_another_memory_format(tmp_path: Path) -> Non
 
 
 def partial_sum_rank() -> tuple[Tensor, Tensor]:
-    """A parameter that every rank holds whole, with a part of its gradient; and the same in one."""
+    """A parameter that every rank holds whole, with part of its gradient; and a plain twin."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     dist.init_process_group("gloo")
@@ -309,7 +308,7 @@ def partial_sum_rank() -> tuple[Tensor, Tensor]:
 
 @pytest.mark.distributed
 def test_partial_sums_of_a_gradient_are_added_up() -> None:
-    """Under sequence parallelism the gradient of a norm's weight is one."""
+    """Under sequence parallelism the gradient of a norm's weight is a partial sum."""
     for stepped, expected in run_on_ranks(2, partial_sum_rank):
         assert not torch.equal(expected, torch.ones(300))
         assert torch.equal(stepped, expected)
@@ -327,7 +326,7 @@ class Rank(NamedTuple):
 
 
 def saving_rank(folder: Path) -> Rank:
-    """Beside the sharded run, a twin steps this rank's shards as plain parameters."""
+    """Alongside the sharded run, a twin steps this rank's shards as plain parameters."""
     net, optimizer = new_run(is_sharded=True)
     twins = [tensors["parameter"].clone() for tensors in local_tensors(optimizer)]
     twin = MicroAdam(twins, **HYPERPARAMETERS)
@@ -375,7 +374,7 @@ def saved_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[A
 
 @pytest.mark.distributed
 def test_a_sharded_step_is_the_step_of_each_shard(saved_by_two: tuple[Path, list[Any]]) -> None:
-    """Uneven and empty shards, an embedding, a norm, each like a parameter of its own."""
+    """Uneven and empty shards, an embedding, a norm: each is stepped like a plain parameter."""
     for rank, saved in enumerate(saved_by_two[1]):
         assert saved.shards[0] == ("[0:6, 0:64]", "[6:11, 0:64]")[rank]
         assert saved.shards[-1] == ("[0:1]", "[1:1]")[rank]
@@ -394,7 +393,7 @@ def test_the_same_number_of_processes_resumes_bit_for_bit(
 
 
 @pytest.mark.distributed
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # what one process means
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # expected in one process
 def test_a_checkpoint_moves_from_two_processes_to_one_to_four(
     saved_by_two: tuple[Path, list[Any]], tmp_path: Path
 ) -> None:
@@ -423,7 +422,7 @@ def test_a_checkpoint_moves_from_two_processes_to_one_to_four(
 
 
 def expected_state(parts: dict[Shard, dict[str, Tensor]], shard: Shard) -> dict[str, Tensor]:
-    """Of a shard: the rows themselves, and what `assemble` makes of the state."""
+    """For a shard: the rows themselves, and what `assemble` makes of the state."""
     parameter = torch.cat([part["parameter"] for part in parts.values()])
     rows = slice(*shard.bounds[0])
     states = {

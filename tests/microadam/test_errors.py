@@ -1,4 +1,4 @@
-"""Bad input: one sentence names what is wrong, its value and the remedy, and nothing changes."""
+"""Bad input: one sentence names the fault, its value and the remedy, and nothing changes."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was(
 
 @pytest.mark.parametrize("name", ["amsgrad", "differentiable", "maximize"])
 def test_a_variant_that_there_is_not_is_refused(name: str) -> None:
-    """Torch's optimizers take them in a group, where they would be passed over in silence."""
+    """Torch's optimizers take them in a group, where they would be silently ignored."""
     with pytest.raises(ValueError, match=f"{name}=True: MicroAdam has no such variant"):
         MicroAdam([{"params": [torch.zeros(2)], name: True}])
     MicroAdam([{"params": [torch.zeros(2)], name: False}])
@@ -169,7 +169,7 @@ def test_geometry_cannot_change_once_there_is_a_state(
 
 
 def test_a_memory_format_that_changes_after_the_first_step_is_refused() -> None:
-    """The state lies in the order of the storage, so it would belong to other elements."""
+    """The state is in storage order, so it would belong to other elements."""
     p = nn.Parameter(torch.randn(4, 3, 2, 2))
     optimizer = MicroAdam([p])
     p.grad = torch.randn(4, 3, 2, 2)
@@ -219,7 +219,7 @@ def test_a_parameter_twice_in_a_group_is_refused() -> None:
 
 
 def test_state_on_another_device_is_named_with_the_remedy(rng: np.random.Generator) -> None:
-    """As where a model moves after its first step."""
+    """This happens when a model is moved after its first step."""
     optimizer = new_optimizer(rng)
     set_random_gradients(optimizer, rng)
     optimizer.step()

@@ -1,5 +1,5 @@
 """The CUDA step on a GPU: the same steps as plain torch and the CPU core, in every setting that
-only a GPU has. What needs no GPU is tested in test_cuda_emulation.py."""
+only a GPU offers. What needs no GPU is tested in test_cuda_emulation.py."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def twin_of(optimizer: MicroAdam, device: str = "cuda") -> MicroAdam:
 
 
 def test_native_kernel_runs_here() -> None:
-    """Else every test below would compare plain torch with itself."""
+    """Otherwise every test below would compare plain torch with itself."""
     assert ops.native_kernel("cuda") == "CUDA", ops.load_native_library()
 
 
 def test_first_step_tests_the_kernel(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel that runs and does nothing is found before it has trained anything."""
-    optimizer = new_optimizer(rng, 5000, window_size=7)  # a geometry that no other test has tested
+    """A kernel that runs but does nothing is caught before it has trained anything."""
+    optimizer = new_optimizer(rng, 5000, window_size=7)  # a geometry that no other test has used
     before = clone_all(optimizer)
     set_gradients(optimizer, 0)
     with monkeypatch.context() as patch:
@@ -101,7 +101,7 @@ def test_steps_agree_with_plain_torch(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_misaligned_gradients(dtype: torch.dtype, generator: torch.Generator) -> None:
-    """As DDP's views of a bucket are."""
+    """Such as DDP's views of a bucket."""
     run = Run(Hyperparameters(), [draw(300_000, dtype, generator).cuda()])
     for _ in range(3):
         step_and_compare(run, [draw(300_001, dtype, generator).cuda()[1:]])
@@ -167,7 +167,7 @@ def test_step_leaves_no_block_unwritten(rng: np.random.Generator) -> None:
 
 
 def test_stream_that_is_not_the_default(rng: np.random.Generator) -> None:
-    """The step must wait for what its own stream does before it."""
+    """The step must wait for earlier work on its own stream."""
     optimizer = new_optimizer(rng, 1 << 20)
     expected = twin_of(optimizer)
     set_gradients(expected, 1)
@@ -185,7 +185,7 @@ def test_stream_that_is_not_the_default(rng: np.random.Generator) -> None:
 
 
 def test_graph_capture_and_replay(rng: np.random.Generator) -> None:
-    """Also that a step never waits for the device, else capture would fail."""
+    """This also shows that a step never waits for the device: capture would fail."""
     lr = torch.tensor(0.1, device="cuda")
     optimizer = new_optimizer(rng, 5, 10_000, *range(1, 80), lr=lr)
     set_gradients(optimizer, 0)
@@ -238,7 +238,7 @@ def test_step_does_not_wait_for_the_device(
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_second_device(rng: np.random.Generator) -> None:
-    """Launched on the current device instead of the tensors' own, the kernel would fail."""
+    """If launched on the current device instead of the tensors', the kernel would fail."""
     p = new_parameter(10_000, torch.float32, rng, "cuda:1")
     q = p.detach().to("cuda:0").requires_grad_()
     p.grad = torch.ones_like(p)
@@ -273,7 +273,7 @@ def test_parameter_with_gaps() -> None:
 
 
 def test_grad_scaler(rng: np.random.Generator) -> None:
-    """Scaled gradients take the same step; found infs take none; nothing waits for the device."""
+    """Scaled gradients give the same step, found infs none; nothing waits for the device."""
     optimizer = new_optimizer(rng, 5000, unscales=True)
     expected = twin_of(optimizer)
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
@@ -305,7 +305,7 @@ def test_compiled_step(rng: np.random.Generator) -> None:
 
 
 def test_resume_on_the_other_device_and_back(rng: np.random.Generator) -> None:
-    """GPU -> CPU -> GPU: the state is the one of three steps on the GPU, bit for bit."""
+    """GPU -> CPU -> GPU: the state is that of three steps on the GPU, bit for bit."""
     optimizer = new_optimizer(rng, 5000, 70)
     stayed = twin_of(optimizer)
     for seed, device in enumerate(["cuda", "cpu", "cuda"]):

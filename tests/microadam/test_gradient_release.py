@@ -23,7 +23,7 @@ VOCABULARY, WIDTH = 60, 24
 
 
 class TinyLanguageModel(nn.Module):
-    """Embedding and head share their weight; every layer may be computed again."""
+    """Embedding and head share their weight; every layer may be recomputed."""
 
     def __init__(self, use_reentrant: bool | None = None, is_tied: bool = True) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class TinyLanguageModel(nn.Module):
 
 
 class Run:
-    """A model in training; equal arguments give equal runs."""
+    """A model being trained; equal arguments give equal runs."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 def test_the_same_bits_as_the_plain_step(
     arguments: dict[str, Any], use_reentrant: bool | None, device: str
 ) -> None:
-    """Tied weights, groups with a schedule each, and a parameter that never has a gradient."""
+    """Tied weights, a schedule for each group, and a parameter that never has a gradient."""
     arguments = {**arguments, "use_reentrant": use_reentrant, "device": device}
     plain = Run(**arguments).train(range(NUM_STEPS))
     assert_same_runs(Run(**arguments).released().train(range(NUM_STEPS)), plain)
@@ -156,7 +156,7 @@ def test_no_two_gradients_are_alive_together() -> None:
         alive.append(sum(p.grad is not None and p.grad.data_ptr() != 0 for p in parameters))
 
     for p in parameters:
-        p.register_post_accumulate_grad_hook(count)  # runs behind the release
+        p.register_post_accumulate_grad_hook(count)  # runs after the release
     run.loss(0).backward()
     assert alive == [0] * len(parameters)
     run.optimizer.step()
@@ -167,7 +167,7 @@ def test_a_saved_run_goes_on_bit_for_bit_with_and_without_release() -> None:
     undisturbed = Run().train(range(NUM_STEPS))
     first = Run().released().train(range(4))
     for resumed in (Run().released(), Run()):
-        resumed.train(range(50, 52))  # whatever it did before, loading replaces it
+        resumed.train(range(50, 52))  # loading replaces whatever it did before
         resumed.load(first.state_dicts())
         assert_same_runs(resumed.train(range(4, NUM_STEPS)), undisturbed)
 
@@ -262,7 +262,7 @@ def plain_and_released_rank(max_param_grad_norm: float | None) -> tuple[Any, Any
 def test_shards_are_stepped_with_the_sum_of_all_processes(
     max_param_grad_norm: float | None,
 ) -> None:
-    """FSDP2 runs the hook of a shard behind the reduce-scatter."""
+    """FSDP2 runs a shard's hook after the reduce-scatter."""
     ranks = run_on_ranks(2, plain_and_released_rank, max_param_grad_norm)
     for plain, released in ranks:
         assert_same(released, plain)
@@ -294,7 +294,7 @@ def offloaded_rank() -> None:
     from torch.distributed.tensor import DTensor
 
     dist.init_process_group("gloo")
-    # Stands for a shard on the CPU of a mesh of GPUs: it is on another device than its mesh.
+    # Stands in for a shard offloaded from GPUs to the CPU: its device is not that of its mesh.
     shard = DTensor.from_local(torch.ones(4, device="meta"), init_device_mesh("cpu", (1,)))
     model = nn.ParameterList([nn.Parameter(shard)])
     with pytest.raises(RuntimeError, match="without CPUOffloadPolicy"):
@@ -339,7 +339,7 @@ def _read(run: Run) -> None:
 def test_using_a_released_gradient_is_an_error_and_moves_nothing(
     use: Callable[[Run], None],
 ) -> None:
-    """Each would go wrong in silence: clipping would find no gradients and return a norm of 0."""
+    """Each would silently go wrong: clipping would find no gradients and return a norm of 0."""
     run = Run().released()
     run.loss(0).backward()
     before = clone_all(run.optimizer)
@@ -352,7 +352,7 @@ def test_using_a_released_gradient_is_an_error_and_moves_nothing(
 
 
 def test_tied_weights_in_two_checkpoints_of_the_older_kind_are_an_error() -> None:
-    """The embedding is outside the checkpoints, the head inside: two parts of one gradient."""
+    """The embedding is outside the checkpoints, the head inside: one gradient in two parts."""
     with pytest.raises(RuntimeError, match=r"a gradient that was released.*use_reentrant=True"):
         Run(use_reentrant=True).released().train(range(1))
 
@@ -387,7 +387,7 @@ def test_arguments_that_cannot_be_right_are_refused() -> None:
 
 
 def test_another_optimizer_of_released_parameters_is_refused_until_the_first_lets_go() -> None:
-    """As where a cell of a notebook runs again."""
+    """This happens when a notebook cell is run again."""
     model = nn.Linear(4, 3)
     handle = enable_gradient_release(model, MicroAdam(model.parameters()))
     second = MicroAdam(model.parameters())
@@ -395,7 +395,7 @@ def test_another_optimizer_of_released_parameters_is_refused_until_the_first_let
         enable_gradient_release(model, second)
     handle.remove()
     enable_gradient_release(model, second)
-    handle.remove()  # again, it ends nothing of the second's
+    handle.remove()  # a second call must not end the second handle's release
     with pytest.raises(RuntimeError, match="enabled for a parameter of the model already"):
         enable_gradient_release(model, second)
 
@@ -423,7 +423,7 @@ def test_a_sparse_gradient_is_refused() -> None:
 
 
 def test_a_parameter_that_the_backward_pass_still_needs_is_an_error_not_a_wrong_gradient() -> None:
-    """Used detached in an earlier layer, autograd does not wait for it: it must see it change."""
+    """Autograd does not wait for its use, detached, in an earlier layer, but must see it change."""
     weight = nn.Parameter(torch.eye(8))
     other = nn.Parameter(torch.ones(8))
     parameters = nn.ParameterList([weight, other])

@@ -1,7 +1,7 @@
 """What the optimizer keeps from step to step: the native library's lists of the state's tensors.
 
 They made the step of many small parameters twice as fast. Each test changes something between two
-steps that a list kept too long would not notice: the step would then read and write old tensors.
+steps that a list kept too long would miss: the step would then read and write old tensors.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def state_of(optimizer: MicroAdam, index: int = 1) -> dict[str, Any]:
 
 @needs_native
 def test_it_is_held(optimizer: MicroAdam, rng: np.random.Generator) -> None:
-    """Else every test below would pass without a reason."""
+    """Otherwise every test below would pass vacuously."""
     before = optimizer._held_states
     assert len(before) == 2
     assert None not in before
@@ -102,7 +102,7 @@ def add_group(optimizer: MicroAdam) -> None:
 
 
 def exchange_states(optimizer: MicroAdam) -> None:
-    """Of equal shape, so that only the objects tell."""
+    """Of equal shape, so that only object identity tells them apart."""
     p, q = optimizer.param_groups[0]["params"]
     twin = q.detach().clone().requires_grad_()
     optimizer.param_groups[0]["params"][0] = twin
@@ -147,7 +147,7 @@ def test_a_replaced_tensor_is_the_one_that_is_stepped(
 def test_a_tensor_with_another_storage_is_stepped_there(
     name: str, optimizer: MicroAdam, rng: np.random.Generator
 ) -> None:
-    """As by those who move state with ``t.data = t.data.to(...)``: the object is the same."""
+    """As after ``t.data = t.data.to(...)``, a common way to move state: the object is the same."""
     tensor = state_of(optimizer)[name]
     old_storage = tensor.detach()
     tensor.data = tensor.clone()
@@ -232,7 +232,7 @@ def test_what_is_held_is_checked_at_every_step(
 
 
 def test_what_was_replaced_is_let_go(optimizer: MicroAdam, rng: np.random.Generator) -> None:
-    """At the next step, and by load_state_dict at once: two states might have no room."""
+    """At the next step, and by load_state_dict at once: two states might not fit in memory."""
     old = weakref.ref(state_of(optimizer)["error"])
     replace_dictionary(optimizer)
     take_steps(optimizer, rng)
@@ -248,7 +248,7 @@ def test_what_was_replaced_is_let_go(optimizer: MicroAdam, rng: np.random.Genera
 def test_a_large_state_is_not_held(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who keeps it on the CPU while a model generates text needs its memory there and then."""
+    """Users who move it to the CPU while a model generates text need its memory immediately."""
     monkeypatch.setattr(ops, "MAX_HELD_BYTES", 1000)
     optimizer = new_optimizer(rng, 1000, 1000)
     take_steps(optimizer, rng)
@@ -269,7 +269,7 @@ def test_an_optimizer_is_freed_with_all_it_holds(rng: np.random.Generator) -> No
 
 
 def test_steps_of_fake_tensors_hold_nothing() -> None:
-    """Who plans memory steps a model under FakeTensorMode, where native code has no tensors."""
+    """Memory planning steps a model under FakeTensorMode, where native code has no tensors."""
     with torch._subclasses.FakeTensorMode():
         parameters = [torch.nn.Parameter(torch.randn(300)) for _ in range(2)]
         optimizer = MicroAdam(parameters, **SMALL_BLOCKS)

@@ -1,4 +1,4 @@
-"""How elements fall into blocks and buckets, and what the state takes."""
+"""How elements are split into blocks and buckets, and how much memory the state takes."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def test_new_state_is_what_the_specification_says(numel: int, sizes: tuple[int, 
 
 
 def test_state_of_a_large_parameter_takes_less_than_a_byte_an_element() -> None:
-    """4 bits of error and 4 bytes a bucket of 64, and 10 slots of 41 entries of 4 bytes in 4096."""
+    """4 bits of error, 4 bytes per bucket of 64, and 10 slots of 41 4-byte entries per 4096."""
     layout = BlockLayout(1 << 24)
     expected = 1 / 2 + 4 / 64 + 10 * 41 * 4 / 4096
     assert layout.state_bytes / layout.numel == pytest.approx(expected, rel=1e-6)
 
 
 def test_equal_arguments_share_one_layout() -> None:
-    """It is asked for at every step of every parameter, and its properties are computed once."""
+    """A layout is looked up at every step of every parameter; its properties are computed once."""
     assert BlockLayout.of(1000, 10, 0.01, 64, 4096) is BlockLayout.of(1000, 10, 0.01, 64, 4096)

@@ -1,7 +1,7 @@
 """The native CPU kernels take the steps that plain torch takes.
 
-test_oracle_agreement.py judges whatever kernel runs here against the oracle; these tests compare
-each of the kernels with plain torch, and look for what only native code gets wrong.
+test_oracle_agreement.py judges whichever kernel runs here against the oracle; these tests compare
+every kernel with plain torch, and look for mistakes that only native code can make.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# What torch's own variable says to get each kernel, where the machine can run it.
+# The value of torch's own variable that selects each kernel, if the machine can run it.
 CAPABILITIES = {"AVX-512": "avx512", "AVX2": "avx2", "plain C++": "default"}
 
 
 @pytest.fixture(params=CAPABILITIES)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every kernel in turn."""
+    """Each kernel in turn."""
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", CAPABILITIES[request.param])
     chosen = ops.native_kernel("cpu")
     if chosen != request.param:
@@ -67,7 +67,7 @@ def hyperparameter_sets(draw: st.DrawFn) -> Hyperparameters:
     )
 
 
-# What a gradient is multiplied by, elementwise, to become hard: by its name in a failing example.
+# What makes a gradient hard, elementwise, by the name shown in a failing example.
 KINDS = {
     "normal": lambda g: g,
     "denormal": lambda g: (g * 4).round() * 2.0**-149,
@@ -89,7 +89,7 @@ KINDS = {
 @settings(
     max_examples=150,
     deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the kernel, the same all along
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the kernel, always the same
 )
 @given(
     hyper=hyperparameter_sets(),
@@ -150,7 +150,7 @@ def test_results_do_not_depend_on_the_number_of_threads(
 def test_thresholds_change_no_result(
     kernel: str, threshold: float | str, generator: torch.Generator
 ) -> None:
-    """They only say where to look first; a wrong one must cost time and nothing else."""
+    """They only say where to look first; a wrong one may cost time but nothing else."""
     run = Run(Hyperparameters(), [draw(50_000, torch.float32, generator)])
     for _ in range(3):
         for t in run.thresholds:
@@ -169,7 +169,7 @@ def test_threshold_finds_the_largest_at_once(kernel: str, generator: torch.Gener
         run.step([draw(numel, torch.float32, generator)])
     guesses = run.thresholds[0].clone()
     run.step([draw(numel, torch.float32, generator)])
-    # What was taken at this step lies in the slot of step 13; compare with the guess made before.
+    # What this step took is in the slot of step 13; compare it with the guess made before.
     taken = run.states[0]["window_values"][:, 12 % 10].float().abs().amin(dim=1)
     assert (taken >= guesses * (1 - 2.0**-8)).float().mean() > 0.9
     assert (taken <= 1.5 * guesses).float().mean() > 0.9
@@ -177,7 +177,7 @@ def test_threshold_finds_the_largest_at_once(kernel: str, generator: torch.Gener
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_misaligned_views(kernel: str, dtype: torch.dtype, generator: torch.Generator) -> None:
-    """A parameter may be any stretch of a larger tensor; vector loads must not ask for more."""
+    """A parameter may be any part of a larger tensor; vector loads must not assume alignment."""
     numel = 9000
     storage = draw(numel + 3, dtype, generator)
     run = Run(Hyperparameters(), [storage[3:]])
@@ -230,7 +230,7 @@ def one_call(generator: torch.Generator) -> Iterator[Run]:
 def test_native_code_refuses_memory_that_does_not_fit(
     name: str, damage: object, message: str, one_call: Run, generator: torch.Generator
 ) -> None:
-    """Called past the optimizer, the operator must not read or write beyond a tensor."""
+    """Even when called directly, the operator must not read or write beyond a tensor."""
     one_call.states[0][name] = damage(one_call.states[0][name])
     with pytest.raises(RuntimeError, match=message):
         one_call.step([draw(5000, torch.float32, generator)])
@@ -246,7 +246,7 @@ def test_native_code_refuses_a_window_without_slots(
 
 
 def test_nothing_is_changed_where_an_argument_is_wrong(generator: torch.Generator) -> None:
-    """The second parameter's state is damaged: the first one must not have taken its step."""
+    """If the second parameter's state is damaged, the first must not have taken its step."""
     run = Run(Hyperparameters(), [draw(500, torch.float32, generator) for _ in range(2)])
     run.states[1]["error"] = run.states[1]["error"][:-1]
     before = run.clone()

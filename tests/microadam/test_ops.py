@@ -33,13 +33,13 @@ def arguments(run: Run, **changes: Any) -> StepArguments:
 
 @pytest.mark.parametrize("lr_tensor", [None, torch.tensor(0.01)])
 def test_operator_passes_opcheck(lr_tensor: Tensor | None) -> None:
-    """The schema tells what is written, and fake tensors and autograd are registered rightly."""
+    """The schema declares what is written; fake tensors and autograd are registered correctly."""
     args = arguments(new_run(5000, 3), lr_tensor=lr_tensor)
     torch.library.opcheck(torch.ops.microadam.step_.default, tuple(args))
 
 
 def test_step_marks_parameters_as_changed() -> None:
-    """Else a backward through a value saved before the step would be silently wrong."""
+    """Otherwise a backward pass through a value saved before the step would be silently wrong."""
     p = torch.ones(3, requires_grad=True)
     optimizer = MicroAdam([p])
     loss = (p * p).sum()
@@ -186,7 +186,7 @@ def test_backend_of_another_name_is_an_error() -> None:
 def test_package_without_its_library_steps_in_plain_torch(
     library: bytes | None, tmp_path: Path
 ) -> None:
-    """One clear warning where it was wanted, and an error where it was asked for."""
+    """One clear warning if the library would have been used, an error if it was required."""
     shutil.copytree(
         ROOT / "microadam", tmp_path / "microadam", ignore=shutil.ignore_patterns("*.so")
     )
@@ -197,11 +197,11 @@ def test_package_without_its_library_steps_in_plain_torch(
     assert result.stderr.count("MicroAdam's native library is not used") == 1
     result = in_new_process(TAKE_A_STEP, PYTHONPATH=str(tmp_path), MICROADAM_BACKEND="native")
     assert "RuntimeError: MICROADAM_BACKEND=native, but" in result.stderr
-    assert "Warning" not in result.stderr  # that steps run in plain torch: they do not
+    assert "Warning" not in result.stderr  # it would claim that steps run in plain torch
 
 
 def test_import_loads_no_library() -> None:
-    """Importing must work, and cost little, wherever the package is."""
+    """Importing must work, and be cheap, wherever the package is installed."""
     code = "import microadam.ops as o; print(o.load_native_library.cache_info().currsize)"
     assert in_new_process(code).stdout == "0\n"
 

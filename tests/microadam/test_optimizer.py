@@ -59,7 +59,7 @@ def test_dense_window_of_all_steps_is_adam(rng: np.random.Generator) -> None:
         torch.optim.Adam([theirs], lr=0.01),
     ]
     for _ in range(8):
-        # bfloat16 numbers, because the window stores no others
+        # bfloat16 numbers, because the window can store no others
         gradient = torch.from_numpy(rng.standard_normal(200)).bfloat16().float()
         for p, optimizer in zip((ours, theirs), optimizers, strict=True):
             p.grad = gradient.clone()
@@ -121,7 +121,7 @@ def test_parameter_without_a_gradient_stays_and_counts_no_step(rng: np.random.Ge
 
 
 def test_a_parameter_taken_out_of_its_group_is_let_go(rng: np.random.Generator) -> None:
-    """Its cache held on to it, and state_bytes counted it, for as long as the optimizer lived."""
+    """The cache kept it alive, and state_bytes counted it, for as long as the optimizer lived."""
     optimizer = new_optimizer(rng, 300, 200, 100)
     set_random_gradients(optimizer, rng)
     optimizer.step()
@@ -175,7 +175,7 @@ def test_gradient_of_another_dtype(
 
 
 def in_memory_format(t: Tensor, name: str) -> Tensor:
-    """The same numbers, laid out in another way."""
+    """The same numbers in another memory layout."""
     if name == "contiguous":
         return t.contiguous()
     if name == "channels_last":
@@ -192,7 +192,7 @@ MEMORY_FORMATS = ("contiguous", "channels_last", "transposed", "with_gaps")
 @pytest.mark.parametrize("grad_format", MEMORY_FORMATS)
 @pytest.mark.parametrize("format_", MEMORY_FORMATS)
 def test_any_memory_format(format_: str, grad_format: str, rng: np.random.Generator) -> None:
-    """Also a gradient laid out differently from its parameter."""
+    """The gradient's may differ from its parameter's."""
     p = in_memory_format(torch.randn(5, 4, 3, 6), format_).requires_grad_()
     strides = p.stride()
     optimizer = MicroAdam([p], **SMALL_BLOCKS)
@@ -302,7 +302,7 @@ def test_every_scheduler_of_torch_is_tested() -> None:
 @pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)], ids=["float_lr", "tensor_lr"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_scheduler(name: str, lr: float | Tensor, rng: np.random.Generator) -> None:
-    """Some cycle betas as well; the judge takes lr and betas from the group at every step."""
+    """Some also cycle betas; the judge takes lr and betas from the group at every step."""
     optimizer = new_optimizer(rng, lr=copy.deepcopy(lr))
     scheduler = SCHEDULERS[name](optimizer)
     rates = set()
@@ -360,7 +360,7 @@ def test_step_hooks_run(rng: np.random.Generator) -> None:
 def test_the_default_dtype_of_the_process_changes_nothing(
     dtype: torch.dtype, rng: np.random.Generator
 ) -> None:
-    """Models are often loaded under another one than float32."""
+    """Models are often loaded under a default other than float32."""
     optimizer = new_optimizer(rng, 300, 65)
     torch.set_default_dtype(dtype)
     try:
@@ -397,7 +397,7 @@ def test_grad_scaler_gives_the_step_of_unscaled_gradients(unscales: bool) -> Non
         scaled_backward(scaler, p, 1.0)
         gradient = p.grad.clone()
         scaler.step(scaled)
-        # Only the scaler divides it in place.
+        # Only the scaler divides it, in place.
         assert torch.equal(p.grad, gradient if unscales else gradient / 1024)
         scaler.update()
         (p,) = parameters_of(plain)
@@ -408,7 +408,7 @@ def test_grad_scaler_gives_the_step_of_unscaled_gradients(unscales: bool) -> Non
 
 @pytest.mark.parametrize("unscales", [False, True])
 def test_grad_scaler_after_unscale(unscales: bool) -> None:
-    """Clipping needs unscaled gradients; then `step` must not divide by the scale again."""
+    """Clipping needs unscaled gradients; `step` must then not divide by the scale again."""
     unscaled = new_optimizer(np.random.default_rng(0), unscales=unscales)
     plain = new_optimizer(np.random.default_rng(0))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -427,7 +427,7 @@ def test_grad_scaler_after_unscale(unscales: bool) -> None:
 def test_found_inf_changes_nothing(
     num_steps: int, unscale_first: bool, unscales: bool, rng: np.random.Generator
 ) -> None:
-    """Not even a parameter whose own gradient is finite, a step count or the skip counter."""
+    """Not even a parameter whose own gradient is finite, its step count or the skip counter."""
     optimizer = new_optimizer(rng, 300, 300, unscales=unscales)
     good, bad = parameters_of(optimizer)
     for _ in range(num_steps):
@@ -479,7 +479,7 @@ def test_only_the_block_with_a_non_finite_gradient_is_skipped(
 
 
 def test_the_largest_residual_does_not_shut_its_block_for_good(rng: np.random.Generator) -> None:
-    """Rounded to bfloat16 it was the limit itself: every later step skipped the block."""
+    """Rounded to bfloat16 it equalled the limit: every later step skipped the block."""
     optimizer = new_optimizer(rng, 64, dtype=torch.float32)
     (p,) = parameters_of(optimizer)
     p.grad = torch.full((64,), float(np.nextafter(np.float32(reference.MAX_MAGNITUDE), 0)))

@@ -1,8 +1,8 @@
 """Every step of the optimizer is the step of the oracle.
 
 Block and bucket sizes are small here, so that a parameter of a few hundred elements has many
-blocks, a shorter last one and a shorter last bucket. `judge.step_and_judge` asserts; a test only
-sets the scene.
+blocks, a shorter last one and a shorter last bucket. `judge.step_and_judge` makes the assertions; a
+test only sets the scene.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def test_steps_agree_with_the_oracle(
 def test_non_finite_blocks_stay_as_they_were(
     device: str, hyper: dict, numel: int, dtype: torch.dtype, bad_numbers: list[float], seed: int
 ) -> None:
-    """Contract 8. The next good steps must not see a trace of the bad one."""
+    """Contract 8. The good steps that follow must see no trace of the bad one."""
     rng = np.random.default_rng(seed)
     p = new_parameter(numel, dtype, rng, device)
     optimizer = MicroAdam([p], **hyper)
@@ -213,7 +213,7 @@ def test_alpha_takes_its_share_out_of_the_error_feedback(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_steps_from_any_state(device: str) -> None:
-    """Late in training, when beta^step has vanished, and with a window and error of any content."""
+    """Late in training, when beta^step has vanished, with arbitrary window and error contents."""
     rng = np.random.default_rng(2)
     p = new_parameter(300, torch.float32, rng, device)
     optimizer = MicroAdam([p], **SMALL_BLOCKS)
@@ -231,7 +231,7 @@ def test_steps_from_any_state(device: str) -> None:
 
 
 def test_pieces_of_a_large_parameter_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference takes a large parameter in pieces; here so small that there are many."""
+    """The reference takes a large parameter in pieces; here they are small, so there are many."""
     monkeypatch.setattr(ops, "step_", reference.step_)
     monkeypatch.setitem(reference._MAX_ELEMENTS_AT_ONCE, "cpu", 256)
     rng = np.random.default_rng(3)
@@ -242,7 +242,7 @@ def test_pieces_of_a_large_parameter_fit_together(monkeypatch: pytest.MonkeyPatc
         step_and_judge(optimizer)
 
 
-# The judge is only worth something where it also says no.
+# The judge is only worth something if it also says no.
 
 
 @pytest.mark.parametrize(

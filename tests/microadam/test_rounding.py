@@ -1,4 +1,4 @@
-"""Stochastic rounding: unbiased, and random bits that depend on nothing but what they should."""
+"""Stochastic rounding: it is unbiased, and its random bits depend only on what they should."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_stochastic_rounding_depends_on_seed_parameter_step_and_element_only(
 
 
 def test_random_bits_are_those_of_philox() -> None:
-    """The known answers of Random123 for Philox4x32-10; the native kernels have the same bits."""
+    """Random123's known answers for Philox4x32-10; the native kernels have the same bits."""
     answers = {
         (0,) * 6: (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
         (0xFFFFFFFF,) * 6: (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
@@ -96,7 +96,7 @@ def test_random_bits_are_those_of_philox() -> None:
 
 
 def test_stochastic_rounding_does_not_depend_on_the_blocks() -> None:
-    """With every coordinate kept, blocks only say in which order the work is done."""
+    """With every coordinate kept, blocks only determine the order in which work is done."""
     start = torch.ones(1000, dtype=torch.bfloat16)
     gradient = torch.ones(1000, dtype=torch.bfloat16)
     results = [
@@ -139,7 +139,7 @@ def test_stochastic_rounding_never_leaves_the_finite_range(dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_nan_stays_one(dtype: torch.dtype) -> None:
-    """In a GPU's all bits are set but the sign: random bits added to them became -0."""
+    """A GPU's NaN has all bits set but the sign: adding random bits turned it into -0."""
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32)
     nans = bits.view(torch.float32).repeat(1000)
     assert round_to_dtype(nans, dtype, (1, 0), 1, 0).isnan().all()
