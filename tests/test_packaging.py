@@ -306,7 +306,7 @@ def test_setup_never_clears_a_folder_that_is_no_environment(set_up: SetUp) -> No
     set_up.python.unlink()
     refused = set_up.run()
     assert refused.returncode != 0
-    assert "no virtual environment" in refused.stderr
+    assert "other than a virtual environment" in refused.stderr
     assert thesis.read_text() == "years of work"
 
 

@@ -127,7 +127,7 @@ def test_a_plan_for_shards_says_that_it_is_for_one_process(
     composed: Compose, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In eight each would take less, and the plan said nothing of it."""
-    for parallel, words in (("ddp", ""), ("fsdp2", ", of one process, unsharded")):
+    for parallel, words in (("ddp", ""), ("fsdp2", " for one process, unsharded")):
         execute(composed("scale=smoke", f"hardware.parallel={parallel}", "dry_run=true"))
         assert f"Peak memory by part{words}\n" in capsys.readouterr().out
 
