@@ -270,7 +270,7 @@ def _copy_blocks(
 
 
 def _convert(state: State, cut: _Cut, pieces: list[tuple[_Cut, State]], beta1: float) -> None:
-    """Fills the window and error feedback from the values of the pieces', in float32."""
+    """Fills the window and error feedback by value, in float32, from those of the pieces."""
     layout, step = cut.layout, int(state["step"])
     error = _gather(cut, [(piece, _dense_error(s, piece.layout)) for piece, s in pieces])
     for slot in range(min(step, layout.window_size)):
@@ -310,7 +310,7 @@ def _dense_slot(state: State, layout: BlockLayout, slot: int) -> Tensor:
     dense = torch.zeros(layout.numel, dtype=torch.float32, device=state["error"].device)
     for blocks, values, k in _segments(dense, layout):
         index = state["window_indices"][blocks, slot, :k].long()
-        # Added, not assigned: a block that skipped its first steps has k times index 0, value 0.
+        # Added: a block that skipped its first steps holds index 0 k times, each with value 0.
         values.scatter_add_(1, index, state["window_values"][blocks, slot, :k].float())
     return dense
 

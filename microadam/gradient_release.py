@@ -35,7 +35,7 @@ def enable_gradient_release(
     The result is bit for bit that of ``loss.backward(); optimizer.step(); optimizer.zero_grad()``.
     Keep the call to ``optimizer.step()``: it steps whatever was not released (parameters added or
     unfrozen since), runs the step hooks and counts for the learning rate schedule, whose rate the
-    next backward pass uses. Between the two, any use of ``p.grad`` raises an error.
+    next backward pass uses. Between the two, any operation on ``p.grad`` raises.
 
     One backward pass is one step, so the following are refused with an error, at the latest when
     they first touch a gradient (for ``GradScaler``, after its first backward pass, whose steps are
@@ -83,7 +83,7 @@ def enable_gradient_release(
 
 
 def _require_complete_gradients(model: torch.nn.Module, params: Collection[Tensor]) -> None:
-    """Refuses setups that still reduce or copy a gradient when its parameter's hook runs."""
+    """Refuses setups where a gradient is incomplete, or still being copied, when its hook runs."""
     is_initialized = torch.distributed.is_available() and torch.distributed.is_initialized()
     num_processes = torch.distributed.get_world_size() if is_initialized else 1
     is_ddp = isinstance(model, DistributedDataParallel)

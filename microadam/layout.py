@@ -77,7 +77,7 @@ class BlockLayout:
 
     @cached_property
     def k(self) -> int:
-        """Elements kept of the parameter's longest block: the width of a window slot."""
+        """Elements kept of the parameter's longest block, which is the width of a window slot."""
         return self.k_of(min(self.numel, self.block_size))
 
     @cached_property

@@ -169,7 +169,7 @@ def step_(args: StepArguments) -> None:
     if not torch.compiler.is_compiling():
         # A backward pass that has saved a parameter must raise, as after any in-place change.
         torch.autograd.graph.increment_version(args.params)
-    torch.ops.microadam.step_.default(*args)  # .default: saves torch looking up the overload
+    torch.ops.microadam.step_.default(*args)  # .default: spares torch the overload lookup
 
 
 def _plain_torch_step(*values: Any) -> None:

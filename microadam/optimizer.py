@@ -75,7 +75,7 @@ class MicroAdam(Optimizer):
     Raises:
         ValueError: a hyperparameter is out of range, a parameter's dtype is not supported, or a
             parameter appears twice; from `step`, a parameter no longer matches its state: it was
-            moved to another device, or has another memory format or its group another layout.
+            moved to another device, has another memory format or is in a group of another layout.
         RuntimeError: from `step`, a gradient is sparse or complex, or a CUDA graph captures a
             parameter's first step.
 

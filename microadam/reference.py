@@ -273,7 +273,7 @@ class StepArguments(NamedTuple):
 
     Args:
         params: contiguous, of any shape; float32, bfloat16 or float16. Written.
-        grads: the gradients in the same order and shapes; any floating dtype. Only read.
+        grads: the gradients, in the same order and shapes; any floating dtype. Only read.
         steps: int64 scalars, the steps taken before this one. Incremented.
         window_indices, window_values, error, error_min, error_max: the state, shaped as specified
             by `microadam.BlockLayout.state_spec`. Written.

@@ -1,4 +1,4 @@
-"""Checks of what `MicroAdam` is given: hyperparameters, gradients and saved state."""
+"""Checks what `MicroAdam` is given: hyperparameters, gradients and saved state."""
 
 from __future__ import annotations
 

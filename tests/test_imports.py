@@ -32,7 +32,7 @@ DOORS = {
 
 
 def imported_modules(source: str, package: str) -> Iterator[str]:
-    """Full names of all imports, in functions too; ``package`` resolves relative ones."""
+    """Full names of all imports, even in functions; ``package`` resolves relative ones."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

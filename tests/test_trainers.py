@@ -191,7 +191,7 @@ def test_lightning_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert_same(resumed, _lightning_module(lightning))
 
 
-# A recipe of one's own
+# A custom recipe
 
 
 @pytest.mark.parametrize("is_released", [False, True])

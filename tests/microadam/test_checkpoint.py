@@ -153,7 +153,7 @@ def test_parameters_that_never_had_a_gradient_have_no_state_to_load() -> None:
 
 
 def test_rates_of_numpy_do_not_stop_loading(tmp_path: Path) -> None:
-    """As a grid of np.logspace gives them; weights_only refuses NumPy's scalars."""
+    """A grid of np.logspace yields NumPy scalars, which weights_only refuses."""
     p = torch.zeros(3, requires_grad=True)
     rates = {"lr": np.float64(1e-3), "betas": (np.float64(0.9), np.float64(0.99))}
     torch.save(MicroAdam([p], **rates).state_dict(), tmp_path / "state.pt")
