@@ -153,7 +153,7 @@ def assemble(saved: dict[Shard, State], shard: Shard, group: Mapping[str, Any]) 
     if not all(s.is_of_rows for s in (shard, *saved)):
         raise ValueError(
             f"the shard {shard.name} of a parameter of shape {shard.param_shape} was saved as "
-            f"{_names(saved)}: only shards of whole rows, as FSDP2 makes them, can be cut differently; "
+            f"{_names(saved)}: only shards of whole rows, as FSDP2 makes them, can be recut; "
             "load on the mesh that saved them"
         )
     steps = {int(state["step"]) for state in saved.values()}

@@ -185,7 +185,7 @@ def cut_the_columns(saved: dict[Shard, Any]) -> dict[Shard, Any]:
         (mix_two_checkpoints, r"have taken \[4, 5\] steps: they are of different checkpoints"),
         (save_a_part_twice, "do not cover .* once"),
         (take_a_larger_model, r"'\[6:11, 0:50\]', which names no shard of .* \(9, 50\)"),
-        (cut_the_columns, "only shards of whole rows, as FSDP2 makes them, can be cut differently"),
+        (cut_the_columns, "only shards of whole rows, as FSDP2 makes them, can be recut"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
