@@ -62,7 +62,7 @@ def test_values_are_means_over_seeds_with_the_standard_deviation_of_a_sample() -
     assert accuracy.mean == pytest.approx(0.6)
     assert accuracy.std == pytest.approx(0.1)
     assert table.cells(row)[3:] == ["60.0 ± 10.0", "60.0 ± 10.0", "0.9 MiB", "", "1e-3", "3"]
-    assert "± is the standard deviation" in " ".join(table.caption)
+    assert "± is the sample standard deviation" in " ".join(table.caption)
 
 
 def test_one_seed_has_no_spread() -> None:
@@ -83,7 +83,7 @@ def test_a_caption_explains_only_marks_that_are_in_the_table() -> None:
     two_seeds = made([*found, *lower], dataclasses.replace(grid, learning_rates=(1e-4, 1e-3, 2e-3)))
     caption = " ".join(two_seeds.caption)
     assert "*" not in two_seeds.cells(two_seeds.rows[0])[-2] + caption
-    assert "± is the standard deviation" in caption
+    assert "± is the sample standard deviation" in caption
 
 
 def test_what_did_not_run_is_empty_and_the_caption_counts_it() -> None:
@@ -134,8 +134,8 @@ def test_the_caption_says_what_the_numbers_rest_on() -> None:
 @pytest.mark.parametrize(
     ("device", "peak_of", "text"),
     [
-        ("cpu", None, "of the process, with libraries, evaluation and freed memory that it kept"),
-        ("cpu", "training", "of the process in training, with libraries and freed memory that"),
+        ("cpu", None, "the largest resident memory of the process, with libraries, evaluation and freed"),
+        ("cpu", "training", "the largest resident memory of the process in training, with libraries and"),
         ("cuda", None, "the most allocated on the GPU, evaluation included."),
         ("cuda", "training", "the most allocated on the GPU in training."),
     ],
