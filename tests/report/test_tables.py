@@ -134,8 +134,12 @@ def test_the_caption_says_what_the_numbers_rest_on() -> None:
 @pytest.mark.parametrize(
     ("device", "peak_of", "text"),
     [
-        ("cpu", None, "the largest resident memory of the process, with libraries, evaluation and freed"),
-        ("cpu", "training", "the largest resident memory of the process in training, with libraries and"),
+        ("cpu", None, "the largest resident memory of the process, with libraries, evaluation"),
+        (
+            "cpu",
+            "training",
+            "the largest resident memory of the process in training, with libraries",
+        ),
         ("cuda", None, "the most allocated on the GPU, evaluation included."),
         ("cuda", "training", "the most allocated on the GPU in training."),
     ],
