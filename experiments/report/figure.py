@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 _TAG = re.compile(r"<[^>]+>")
-_DECIMALS = re.compile(r"(\d\.\d\d)\d+")
+_DECIMALS = re.compile(r"(\d\d\.\d|\d\.\d\d)\d+")
+_INDENTATION = re.compile(r" *\n *")
 INK = "#3b4252"  # text and axes
 GRID = "#d8dee9"
 
@@ -68,9 +69,9 @@ def save(drawing: Drawing, figures_dir: Path, name: str, title: str, sentence: s
             files.append(figures_dir / f"{name}.{suffix}")
             drawing.savefig(files[-1], dpi=160, metadata=metadata)
     png, svg = files
-    # Hundredths of a point are precise enough for shapes; text is outside the tags, so untouched.
+    # Tenths of a point are precise enough for places; text is outside the tags, so untouched.
     shorter = _TAG.sub(lambda tag: _DECIMALS.sub(r"\1", tag[0]), svg.read_text(encoding="utf-8"))
-    svg.write_text(shorter, encoding="utf-8")
+    svg.write_text(_INDENTATION.sub("\n", shorter), encoding="utf-8")
     with Image.open(png) as image:
         palette = image.convert("RGB").quantize(128)  # enough for a drawing, in half the bytes
     palette.save(png, optimize=True)

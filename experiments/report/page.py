@@ -94,7 +94,14 @@ def _data(all_tables: Sequence[Table], by_file: dict[str, Record]) -> dict[str, 
                 name = short if table.scale == tables.DEFAULT_SCALE else f"{short} · {table.scale}"
                 groups.append({"name": name, "rows": _curves(rows)})
         used |= {*table.all_records}
-    return {"groups": groups, "records": {file: by_file[file].values for file in sorted(used)}}
+    return {"groups": groups, "records": {file: _short(by_file[file]) for file in sorted(used)}}
+
+
+def _short(record: Record) -> dict[str, Any]:
+    """The record, its curve with no more digits than can be seen: the page has to load them."""
+    curve = record.values["curve"]
+    losses = [float(f"{loss:.4g}") for loss in curve["train/loss"]]
+    return {**record.values, "curve": {**curve, "train/loss": losses}}
 
 
 def _curves(rows: Sequence[Row]) -> list[dict[str, Any]]:
