@@ -248,9 +248,10 @@ class EvaluationConfig:
     batch_size: int = 32
     max_new_tokens: int = 256
     before_training: bool = True
+    every_steps: int | None = None  # during training too; None: only before and after
 
     def __post_init__(self) -> None:
-        require_positive("evaluation", self, "limit", "batch_size", "max_new_tokens")
+        require_positive("evaluation", self, "limit", "batch_size", "max_new_tokens", "every_steps")
 
 
 @dataclass
@@ -381,6 +382,7 @@ def run_hash(config: RunConfig) -> str:
     values = without_places(config)
     for name in _NOT_PART_OF_THE_RUN:
         del values[name]
+    del values["evaluation"]["every_steps"]
     # Data below root differs from the hub's or generated data; root's location does not matter.
     values["dataset"]["is_local"] = config.dataset.local_folder() is not None
     for name, task in config.evaluation.harness.items():

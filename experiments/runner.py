@@ -161,15 +161,14 @@ def _train_and_evaluate(
     config, task = setup.config, setup.task
     before = _evaluation_before(setup, run, log)
     num_steps, totals = training.train(setup, run, checkpoint, log, signals)
-    losses = distributed.from_rank_0(
-        lambda: [m["train/loss"] for m in run.metrics() if "train/loss" in m]
-    )
+    steps = distributed.from_rank_0(lambda: [m for m in run.metrics() if "train/loss" in m])
+    losses = [m["train/loss"] for m in steps]
     has_diverged = not math.isfinite(losses[-1])
-    after, evaluation_s = ({}, 0.0) if has_diverged else _evaluate(setup)
-    if after and not math.isfinite(after["loss"]):  # the last update broke the weights
+    after = {} if has_diverged else setup.evaluate()
+    if not has_diverged and "eval/loss" not in after:  # the last update broke the weights
         has_diverged, after = True, {}
     if after:
-        log({"step": num_steps, "time/evaluation_s": evaluation_s, **_prefixed("eval", after)})
+        log({"step": num_steps, **after})
     finite_losses = [loss for loss in losses if math.isfinite(loss)]
     state_bytes = optimizers.measured_state_bytes(setup.optimizer)
     return {
@@ -197,21 +196,22 @@ def _train_and_evaluate(
         "peak_memory_of": totals.peak_memory_of,
         "metrics": {
             **_loss_metrics(finite_losses),
-            **{
-                name.replace("eval/", "eval_before/", 1): value
-                for name, value in before.items()
-                if name.startswith("eval/")
-            },
-            **_prefixed("eval", after),
+            **{f"eval_before/{name}": value for name, value in _evaluated(before).items()},
+            **{f"eval/{name}": value for name, value in _evaluated(after).items()},
             "memory/state_bytes": setup.parallel.whole_bytes(state_bytes),
             "memory/peak_bytes": totals.peak_bytes,
             "time/training_s": totals.training_s,
             "time/optimizer_s": totals.optimizer_s,
             "time/checkpoint_s": totals.checkpoint_s,
-            "time/evaluation_s": before.get("time/evaluation_s", 0.0) + evaluation_s,
+            "time/evaluation_s": sum(
+                (m.get("time/evaluation_s", 0.0) for m in (before, after)), totals.evaluation_s
+            ),
             "time/wall_s": setup.wall_s,
         },
         "curve": _curve(finite_losses),
+        "evaluations": [
+            {"step": m["step"], **_evaluated(m)} for m in steps if "time/evaluation_s" in m
+        ],
         "hardware": setup.hardware.describe(),
         "config": without_places(config),
     }
@@ -238,18 +238,18 @@ def _evaluation_before(
         return {}
     logged = _logged_before(run)
     if not logged:
-        metrics, seconds = _evaluate(setup)
-        logged = {"step": 0, "time/evaluation_s": seconds, **_prefixed("eval", metrics)}
+        logged = {"step": 0, **setup.evaluate()}
         log(logged)
     return logged
 
 
-def _evaluate(setup: training.Setup) -> tuple[dict[str, Any], float]:
-    """Metrics and seconds."""
-    started = time.perf_counter()
-    with setup.parallel.whole_model():
-        metrics = distributed.from_rank_0(setup.task.evaluate)
-    return metrics, time.perf_counter() - started
+def _evaluated(logged: dict[str, Any]) -> dict[str, Any]:
+    """The task's metrics in a logged line, by the task's names."""
+    return {
+        name.removeprefix("eval/"): value
+        for name, value in logged.items()
+        if name.startswith("eval/")
+    }
 
 
 def _loss_metrics(losses: list[float]) -> dict[str, Any]:
@@ -273,12 +273,6 @@ def _curve(losses: list[float]) -> dict[str, list[float]]:
         "step": list(steps),
         "train/loss": [float(f"{statistics.fmean(group):.5g}") for group in groups],
     }
-
-
-def _prefixed(prefix: str, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Drops non-finite values, which JSON cannot represent."""
-    is_finite = {name: not isinstance(v, float) or math.isfinite(v) for name, v in metrics.items()}
-    return {f"{prefix}/{name}": value for name, value in metrics.items() if is_finite[name]}
 
 
 def _command(overrides: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from experiments.hardware import Hardware
 from experiments.interruption import Interruption
 from experiments.progress_bars import progress_bar
 from experiments.records import RunFolder
+from experiments.status import headline, number
 from experiments.tasks import Task
 from microadam.distributed import is_sharded
 
@@ -48,6 +49,21 @@ class Setup:
         """Seconds the run has taken so far, excluding work repeated after interruptions."""
         return time.perf_counter() - self.began
 
+    def evaluate(self) -> dict[str, Any]:
+        """The task's metrics as they are logged, and ``time/evaluation_s``; call it on all ranks.
+
+        Metrics that are not finite are left out: JSON cannot represent them.
+        """
+        started = time.perf_counter()
+        with self.parallel.whole_model():
+            metrics = distributed.from_rank_0(self.task.evaluate)
+        logged = {
+            f"eval/{name}": value
+            for name, value in metrics.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
+        return {**logged, "time/evaluation_s": time.perf_counter() - started}
+
 
 @dataclass
 class Totals:
@@ -55,6 +71,7 @@ class Totals:
 
     training_s: float = 0.0
     optimizer_s: float = 0.0
+    evaluation_s: float = 0.0  # between the steps
     checkpoint_s: float = 0.0
     wall_s: float = 0.0  # of the whole run
     num_units: int = 0
@@ -126,6 +143,8 @@ def train(
             schedule.step()
             num_done = step + 1
             metrics |= {"step": num_done, "num_steps": last_step}
+            if _is_evaluated(config, num_done, last_step):
+                metrics |= _evaluate(setup, num_done, totals)
             log(metrics)
             if not math.isfinite(metrics["train/loss"]):
                 if rank == 0:
@@ -201,6 +220,23 @@ def _step(
         f"speed/{setup.task.unit}_per_s": num_units / step_s,
         "memory/peak_bytes": totals.peak_bytes,
     }
+
+
+def _is_evaluated(config: RunConfig, step: int, last_step: int) -> bool:
+    """Whether the model is evaluated after this step; after the last one the runner does it."""
+    every = config.evaluation.every_steps
+    return every is not None and step % every == 0 and step != last_step
+
+
+def _evaluate(setup: Setup, step: int, totals: Totals) -> dict[str, Any]:
+    """What is logged for the model between two steps; also prints the most telling of it."""
+    metrics = setup.evaluate()
+    totals.evaluation_s += metrics["time/evaluation_s"]
+    setup.hardware.forget_peak()  # which is to be that of training
+    scores = [f"held-out loss {number(metrics, 'eval/loss')}", headline(metrics)]
+    if distributed.rank() == 0:
+        tqdm.write(f"step {step}: {', '.join(filter(None, scores))}")
+    return metrics
 
 
 def _clip_and_step(setup: Setup) -> tuple[torch.Tensor, float]:

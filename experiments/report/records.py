@@ -15,6 +15,7 @@ from experiments.errors import ExperimentError
 _NOT_COMPARED = {
     "checkpoint_every_steps",
     "dry_run",
+    "every_steps",
     "force",
     "hardware",
     "learning_rates",
