@@ -21,9 +21,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments import atomic, config, hub, sweeps
+from experiments import atomic, config, hub
 from experiments.errors import ExperimentError, require, resume_hint
 from experiments.optimizers import OPTIMIZERS
+from experiments.runs import sweeps
 
 _CONFIGS = Path(__file__).parent / "configs"
 _INTERNAL_GROUPS = ("preset", "table")  # chosen by task and scale; for scripts/table.py

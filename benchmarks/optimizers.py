@@ -29,7 +29,7 @@ def _galore(params: Parameters) -> Optimizer:
     for p in params:
         is_matrix = p.dim() == 2 and min(p.shape) >= 256 and max(p.shape) < 30_000
         groups[is_matrix].append(p)
-    galore = importlib.import_module("experiments.galore")
+    galore = importlib.import_module("experiments.optimizers.galore")
     return galore.GaLoreAdamW(
         [{"params": groups[False]}, {"params": groups[True], "rank": 256}], lr=1e-3
     )
@@ -43,7 +43,7 @@ _FACTORIES: dict[str, tuple[str, Factory]] = {  # name: (module it needs, how it
     "torchao AdamW8bit": ("torchao", _from("torchao.optim", "AdamW8bit")),
     "FlashAdamW": ("flashoptim", _from("flashoptim", "FlashAdamW")),
     "GaLore": ("experiments", _galore),
-    "CAME": ("experiments", _from("experiments.came", "CAME", lr=1e-3)),
+    "CAME": ("experiments", _from("experiments.optimizers.came", "CAME", lr=1e-3)),
     # Last, since it overwrites gradients.
     ORIGINAL: (
         "ista_daslab_optimizers",

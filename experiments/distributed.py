@@ -1,4 +1,4 @@
-"""One run in several processes: who is who, how they communicate, and DDP or FSDP2.
+"""One run in several processes: who is who, and how they communicate.
 
 torchrun starts the processes and identifies them through RANK, LOCAL_RANK and WORLD_SIZE; srun can
 do so too. Without these there is one process, and everything here does nothing. Only rank 0 prints,
@@ -7,31 +7,23 @@ evaluates and writes the run's folder; all ranks take part in sharded checkpoint
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._C._distributed_c10d import HashStore, Store
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.nn import Module, Parameter
-from torch.nn.parallel import DistributedDataParallel
 
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError, require
 from experiments.hardware import Hardware
-from experiments.tasks import Task
-from microadam.distributed import is_sharded
 
 # How long the other ranks wait for rank 0 to evaluate. A rank that dies ends the wait at once.
 _PATIENCE = timedelta(days=7)
@@ -142,87 +134,3 @@ def summed(*numbers: float) -> list[float]:
     if is_distributed():
         dist.all_reduce(totals, group=_patient)
     return totals.tolist()
-
-
-class LossSum(Module):
-    """A task's model and loss as one module, so that DDP and FSDP2 see every use of a weight."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.model = task.model
-        self._loss_sum = task.loss_sum
-
-    def forward(self, batch: Any) -> Tensor:
-        return self._loss_sum(self.model, batch)
-
-
-class Parallel:
-    """A task whose model is trained by all processes, each on its share of every batch.
-
-    Create it before the optimizer: FSDP2 replaces the parameters of ``task.model`` with DTensors.
-    """
-
-    def __init__(self, task: Task, config: RunConfig, hardware: Hardware) -> None:
-        self._task = task
-        self._is_fsdp2 = config.hardware.parallel == "fsdp2"
-        module = LossSum(task)
-        self.loss_sum: Module = module  # (batch) -> the loss summed over its targets
-        if self._is_fsdp2:
-            on_meta = {name: _on_meta(p) for name, p in task.model.named_parameters()}
-            self._without_weights = _with_parameters(task.model, on_meta)
-            _shard(module, hardware)
-        elif is_distributed():
-            self.loss_sum = DistributedDataParallel(module)
-
-    def micro_step(self, is_last: bool) -> AbstractContextManager[None]:
-        """Around the forward and backward pass of each micro-batch of a step."""
-        if isinstance(self.loss_sum, DistributedDataParallel) and not is_last:
-            return self.loss_sum.no_sync()  # the last one reduces the sum of all
-        return nullcontext()
-
-    def whole_bytes(self, num_bytes: int) -> int:
-        """Total bytes of what each rank has a shard of; under DDP each rank has all of it."""
-        return int(summed(num_bytes)[0]) if self._is_fsdp2 else num_bytes
-
-    @contextmanager
-    def whole_model(self) -> Iterator[None]:
-        """Makes ``task.model`` a plain model with all weights on rank 0 while the block runs."""
-        if not self._is_fsdp2:
-            yield
-            return
-        sharded = self._task.model
-        weights = {}
-        for name, p in sharded.named_parameters():
-            weight = p.full_tensor() if is_sharded(p) else p  # every rank sends its shard
-            if rank() == 0:
-                weights[name] = Parameter(weight.detach(), p.requires_grad)
-        if rank() == 0:
-            self._task.model = _with_parameters(self._without_weights, weights)
-        try:
-            yield
-        finally:
-            self._task.model = sharded
-
-
-def _shard(module: LossSum, hardware: Hardware) -> None:
-    """FSDP2: gathers each layer's weights only for its own forward and backward pass."""
-    mesh = init_device_mesh(hardware.device.type, (world_size(),))
-
-    precision = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if hardware.precision == "bf16_amp" else None,
-        reduce_dtype=torch.float32,
-    )
-    layer_names = getattr(module.model, "_no_split_modules", None) or ()
-    for layer in list(module.modules()):
-        if type(layer).__name__ in layer_names:
-            fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(module, mesh=mesh, mp_policy=precision)
-
-
-def _on_meta(p: Parameter) -> Parameter:
-    return Parameter(p.detach().to("meta"), p.requires_grad)
-
-
-def _with_parameters(model: Module, parameters: Mapping[str, Parameter]) -> Module:
-    """A copy of the model, but with these parameters in place of its own; tied ones stay tied."""
-    return copy.deepcopy(model, {id(p): parameters[name] for name, p in model.named_parameters()})

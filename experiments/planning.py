@@ -12,11 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from experiments import activations, optimizers, tasks
+from experiments import optimizers, tasks
 from experiments.config import DatasetConfig, RunConfig
 from experiments.data.order import num_steps
 from experiments.errors import ExperimentError
 from experiments.hardware import param_dtype, resolve_precision
+from experiments.models import activations
 
 UNPLANNED_GIB = 1.0  # what a GPU's driver and the allocator's fragmentation take, roughly
 

@@ -16,11 +16,8 @@ from typing import Any
 import torch
 
 from experiments import (
-    activations,
-    checkpoints,
     distributed,
     hardware,
-    interruption,
     models,
     optimizers,
     planning,
@@ -28,13 +25,17 @@ from experiments import (
     tasks,
     training,
 )
-from experiments.checkpoints import Checkpoint
 from experiments.config import RunConfig, without_places
-from experiments.distributed import Parallel
 from experiments.errors import require
 from experiments.hardware import Hardware
-from experiments.interruption import Interruption
-from experiments.records import Mirror, RunFolder, provenance
+from experiments.models import activations
+from experiments.parallel import Parallel
+from experiments.runs import checkpoints, interruption
+from experiments.runs.checkpoints import Checkpoint
+from experiments.runs.folder import RunFolder
+from experiments.runs.interruption import Interruption
+from experiments.runs.mirror import Mirror
+from experiments.runs.provenance import provenance
 
 _MAX_CURVE_POINTS = 200
 

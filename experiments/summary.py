@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments import distributed
-from experiments.checkpoints import Checkpoint
 from experiments.config import RunConfig, TrainingConfig
 from experiments.data.order import num_steps
 from experiments.hardware import Hardware
 from experiments.planning import UNPLANNED_GIB, Plan
 from experiments.report import formats
+from experiments.runs.checkpoints import Checkpoint
 from experiments.tasks import Task
 
 _GIB = 2**30

@@ -14,18 +14,19 @@ import torch
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from experiments import checkpoints, distributed
-from experiments.checkpoints import Checkpoint
+from experiments import distributed
 from experiments.config import RunConfig
 from experiments.data.order import DataOrder, num_steps
 from experiments.diagnosis import of_gradients
-from experiments.distributed import Parallel
 from experiments.gradient_release import ReleasedStep
 from experiments.hardware import Hardware
-from experiments.interruption import Interruption
+from experiments.parallel import Parallel
 from experiments.progress_bars import progress_bar
-from experiments.records import RunFolder
-from experiments.status import headline, number
+from experiments.runs import checkpoints
+from experiments.runs.checkpoints import Checkpoint
+from experiments.runs.folder import RunFolder
+from experiments.runs.interruption import Interruption
+from experiments.runs.reading import headline, number
 from experiments.tasks import Task
 from microadam.distributed import is_sharded
 

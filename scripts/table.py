@@ -34,6 +34,7 @@ from experiments.errors import ExperimentError, require_choice
 from experiments.report import formats, planning, records, tables
 from experiments.report.planning import Cell, Run, State
 from experiments.report.records import Record
+from experiments.runs.folder import RunFolder
 from run import compose
 from scripts.jobs import Jobs
 
@@ -217,8 +218,6 @@ def _is_forced(run: Run, options: argparse.Namespace) -> bool:
     """Whether it starts over: not if it started since `--fresh` and was interrupted."""
     if options.fresh is None:
         return False
-    from experiments.records import RunFolder  # loads torch
-
     own = [f"results_dir={options.results_dir}", *_overrides([run])]
     return not RunFolder(compose(*own)).was_interrupted_since(options.fresh)
 

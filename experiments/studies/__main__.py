@@ -23,8 +23,9 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments import atomic, hub, records
+from experiments import atomic, hub
 from experiments.errors import ExperimentError, reason
+from experiments.runs.provenance import provenance
 
 STUDIES = ("rosenbrock", "convergence", "ablations", "compressor", "galore_error")
 
@@ -90,7 +91,7 @@ def run(name: str, changes: list[str], data: Path, results: Path) -> Path:
         "settings": dataclasses.asdict(settings),
         "wall_s": round(time.perf_counter() - started, 1),
         "hardware": {"machine": platform.machine(), "num_threads": torch.get_num_threads()},
-        "provenance": records.provenance(),
+        "provenance": provenance(),
         "results": _rounded(measured),
     }
     path = results / "studies" / f"{name}.json"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.galore import GaLoreAdamW, low_rank_parameters
+from experiments.optimizers.galore import GaLoreAdamW, low_rank_parameters
 from experiments.studies.finetuning import FineTuning, load
 from microadam import MicroAdam, reference
 

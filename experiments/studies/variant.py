@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.parameterwise import ParameterwiseOptimizer
+from experiments.optimizers.parameterwise import ParameterwiseOptimizer
 from microadam import distributed, reference
 from microadam.layout import BlockLayout, Segment
 

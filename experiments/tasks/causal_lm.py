@@ -15,12 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiments import activations, models, pretrained
+from experiments import models
 from experiments.config import RunConfig
 from experiments.data import text
 from experiments.errors import require
 from experiments.evaluation import Harness
 from experiments.hardware import Hardware
+from experiments.models import activations, pretrained
 from experiments.progress_bars import evaluation_bar, tokenizing
 from experiments.tasks import Task
 

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments import atomic, vision_models
+from experiments import atomic
 from experiments.config import DatasetConfig, ImageConfig, RunConfig
 from experiments.data import images
 from experiments.data.digest import digest
 from experiments.data.order import DataOrder, num_steps
 from experiments.errors import ExperimentError, require
 from experiments.hardware import Hardware, param_dtype, resolve_precision
+from experiments.models import resnets
 from experiments.progress_bars import evaluation_bar
 from experiments.tasks import Task
 from experiments.tasks.classification import accuracy
@@ -62,7 +63,7 @@ class ImageNet(Task):
         self.data_revision = train.revision
         self.data_loader = self._train.name
         self.num_examples = min(config.dataset.num_train or len(train), len(train))
-        model = vision_models.resnet(config.model, images.num_classes(config.dataset))
+        model = resnets.resnet(config.model, images.num_classes(config.dataset))
         self.model = model.to(device, hardware.param_dtype)
         self.model_source = "random"
 
@@ -139,7 +140,7 @@ class ImageNet(Task):
     def plan_model(config: RunConfig, dtype: torch.dtype) -> torch.nn.Module:
         with torch.device("meta"):
             num_classes = images.num_classes(config.dataset)
-            return vision_models.resnet(config.model, num_classes).to(dtype)
+            return resnets.resnet(config.model, num_classes).to(dtype)
 
     @staticmethod
     def plan_batch(config: RunConfig) -> Batch:

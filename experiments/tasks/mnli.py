@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiments import models, pretrained
+from experiments import models
 from experiments.config import RunConfig
 from experiments.data import text
 from experiments.errors import ExperimentError
 from experiments.hardware import Hardware
+from experiments.models import pretrained
 from experiments.progress_bars import evaluation_bar, tokenizing
 from experiments.tasks import Task, classification
 from experiments.tasks.classification import Batch, Example

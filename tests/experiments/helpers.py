@@ -12,13 +12,14 @@ from typing import Any
 
 from experiments.config import RunConfig
 from experiments.data import word_problems
-from experiments.records import RunFolder
+from experiments.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 
 Compose = Callable[..., RunConfig]  # from command-line overrides
 
 SHORT = ("scale=smoke", "hardware=cpu", "evaluation.limit=2", "evaluation.max_new_tokens=4")
+BRIEF = (*SHORT, "training.max_steps=1", "evaluation.before_training=false")
 CLOCKS = ("time/", "speed/", "memory/peak")  # what no two runs have in common
 
 

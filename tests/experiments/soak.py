@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import atomic
-from experiments.interruption import EXIT_CODE
-from experiments.records import provenance
+from experiments.runs.interruption import EXIT_CODE
+from experiments.runs.provenance import provenance
 from tests.experiments.helpers import SHORT, run_py, without_clocks, write_problems
 from tests.processes import preload, start
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import pretrained, tasks
+from experiments import tasks
 from experiments.config import run_hash
 from experiments.errors import ExperimentError
+from experiments.models import pretrained
 from experiments.optimizers import MicroAdamConfig
 from run import command_line, completed
 from tests.experiments.helpers import ROOT, Compose
@@ -125,27 +126,6 @@ def test_the_preset_knows_the_learning_rate_of_each_optimizer(composed: Compose)
 
 def test_a_choice_on_the_command_line_wins_over_the_preset(composed: Compose) -> None:
     assert composed("scale=mini", "model=tiny_llama").model.name == "tiny_llama"
-
-
-def test_equal_configs_share_a_folder_and_what_does_not_change_the_run_does_not_count(
-    composed: Compose,
-) -> None:
-    here = run_hash(composed("scale=smoke"))
-    assert run_hash(composed("scale=smoke", "logger=wandb", "force=true", "dry_run=true")) == here
-    assert run_hash(composed("scale=smoke", "optimizer.lr=0.5")) != here
-    assert run_hash(composed("scale=smoke", "seed=1")) != here
-
-
-def test_a_run_on_local_data_is_another_run_wherever_that_data_lies(
-    composed: Compose, tmp_path: Path
-) -> None:
-    elsewhere = run_hash(composed())
-    for root in ("one", "two"):
-        (tmp_path / root / "gsm8k").mkdir(parents=True)
-    hashes = {run_hash(composed(f"dataset.root={tmp_path / root}")) for root in ("one", "two")}
-    assert len(hashes) == 1
-    assert elsewhere not in hashes
-    assert run_hash(composed(f"dataset.root={tmp_path}")) == elsewhere
 
 
 @pytest.mark.parametrize(

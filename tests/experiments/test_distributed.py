@@ -15,7 +15,7 @@ import pytest
 
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
-from experiments.records import RunFolder
+from experiments.runs.folder import RunFolder
 from tests.experiments.helpers import ROOT, SHORT, Compose, outcome, run_py, write_problems
 from tests.processes import preload, run_on_ranks
 

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from experiments import activations, models, planning
+from experiments import models, planning
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
+from experiments.models import activations
 from experiments.planning import LiveBytes
-from experiments.records import RunFolder
 from experiments.runner import execute
+from experiments.runs.folder import RunFolder
 from experiments.tasks import causal_lm, classification, mnli
 from experiments.tasks.causal_lm import Batch
 from microadam import MicroAdam, enable_gradient_release
 from tests.experiments.helpers import Compose
+from tests.experiments.stopping import interrupt_at
 
 SHORT = (
     "scale=smoke",
@@ -87,15 +89,8 @@ def test_a_run_with_everything_goes_on_where_it_was_interrupted(
     undisturbed = composed(*overrides)
     config = composed(*overrides, f"results_dir={undisturbed.results_dir}-2")
     execute(undisturbed)
-    append_metrics = RunFolder.append_metrics
-
-    def append_or_stop(self: RunFolder, metrics: dict[str, Any]) -> None:
-        append_metrics(self, metrics)
-        if metrics["step"] == 3:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append_metrics", append_or_stop)
+        interrupt_at(3, patch)
         with pytest.raises(KeyboardInterrupt):
             execute(config)
     execute(config)

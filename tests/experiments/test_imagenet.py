@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import hardware, vision_models
+from experiments import hardware
 from experiments.config import RunConfig
 from experiments.data import images
 from experiments.data.order import DataOrder
 from experiments.errors import ExperimentError
-from experiments.records import RunFolder
+from experiments.models import resnets
 from experiments.runner import execute
+from experiments.runs.folder import RunFolder
 from experiments.tasks.imagenet import Batch, ImageNet
 from tests.experiments.helpers import Compose
+from tests.experiments.stopping import interrupt_at
 
 SMOKE = ("task=imagenet", "scale=smoke", "hardware=cpu")
 
@@ -69,15 +71,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     execute(undisturbed)
     assert _record(undisturbed)["data_loader"] == "torchvision"
     assert "torchvision loads the images" in capsys.readouterr().out
-    append_metrics = RunFolder.append_metrics
-
-    def append_or_stop(self: RunFolder, metrics: dict) -> None:
-        append_metrics(self, metrics)
-        if metrics["step"] == 11:
-            raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append_metrics", append_or_stop)
+        interrupt_at(11, patch)
         with pytest.raises(KeyboardInterrupt):
             execute(config)
     execute(config)
@@ -134,7 +129,7 @@ def test_the_preset_decides_weight_decay_unless_told_otherwise(
 
 def test_norms_and_biases_are_spared_from_weight_decay(composed: Compose) -> None:
     config = composed(*SMOKE)
-    model = vision_models.resnet(config.model, 10)
+    model = resnets.resnet(config.model, 10)
     decayed, spared = config.optimizer.groups(model)
     assert {p.dim() for p in decayed["params"]} == {2, 4}
     assert {p.dim() for p in spared["params"]} == {1}
@@ -145,9 +140,9 @@ def test_the_stem_is_a_choice(composed: Compose) -> None:
     size = torch.zeros(1, 3, 32, 32)
     config = composed(*SMOKE, "model=resnet18").model
     config.architecture["stem"] = {"kernel_size": 3, "stride": 1, "max_pool": False}
-    small = vision_models.resnet(config, 10)
+    small = resnets.resnet(config, 10)
     config.architecture["stem"] = {}
-    usual = vision_models.resnet(config, 10)
+    usual = resnets.resnet(config, 10)
     assert small.conv1(size).shape[2:] == (32, 32)
     assert usual.maxpool(usual.conv1(size)).shape[2:] == (8, 8)
     assert usual.conv1.weight.is_contiguous(memory_format=torch.channels_last)
@@ -168,7 +163,7 @@ def test_the_stem_is_a_choice(composed: Compose) -> None:
 def test_what_is_no_resnet_is_refused(composed: Compose, values: dict, message: str) -> None:
     config = dataclasses.replace(composed(*SMOKE).model, **values)
     with pytest.raises(ExperimentError, match=message):
-        vision_models.resnet(config, 10)
+        resnets.resnet(config, 10)
 
 
 def test_images_of_a_folder_are_counted_for_the_plan(composed: Compose, tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.records import RunFolder
 from experiments.runner import execute
+from experiments.runs.folder import RunFolder
 from tests.experiments.helpers import ROOT, Compose
 
 SHORT = ("scale=smoke", "hardware=cpu", "training.max_steps=2", "evaluation.limit=2")

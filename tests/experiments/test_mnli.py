@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from onnx.reference import ReferenceEvaluator
 from transformers import AutoConfig
 
-from experiments import hardware, models, planning, pretrained, tasks
+from experiments import hardware, models, planning, tasks
 from experiments.data import sentence_pairs, text
 from experiments.errors import ExperimentError
+from experiments.models import pretrained
 from experiments.planning import LiveBytes
-from experiments.records import RunFolder
 from experiments.runner import execute
+from experiments.runs.folder import RunFolder
 from experiments.tasks import classification
 from experiments.tasks.mnli import LABELS
 from tests.experiments.helpers import Compose

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from experiments import optimizers
-from experiments.came import CAME
 from experiments.errors import ExperimentError
-from experiments.galore import GaLoreAdamW, low_rank_parameters
 from experiments.optimizers import OPTIMIZERS, GaLoreConfig, OptimizerConfig
-from experiments.records import RunFolder
+from experiments.optimizers.came import CAME
+from experiments.optimizers.galore import GaLoreAdamW, low_rank_parameters
 from experiments.runner import execute
+from experiments.runs.folder import RunFolder
 from tests.experiments.helpers import ROOT, Compose
 
 NAMES = sorted(path.stem for path in (ROOT / "configs" / "optimizer").glob("*.yaml"))

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from experiments import models, planning, pretrained
+from experiments import models, planning
 from experiments.errors import ExperimentError
+from experiments.models import pretrained
 from experiments.planning import LiveBytes
-from experiments.records import RunFolder
 from experiments.runner import execute
+from experiments.runs.folder import RunFolder
 from tests.experiments.helpers import Compose
 
 PAPER = ("task=gsm8k", "scale=paper", "hardware=a100_80gb", "model.weights=random")

@@ -1,4 +1,4 @@
-"""Whole runs at smoke scale: finished, interrupted, gone on with, refused."""
+"""Whole runs at smoke scale: what they do, and what their records say."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import json
 import math
 import os
 import platform
-import re
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -20,31 +18,16 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import activations, checkpoints, hardware, status, tasks, training
-from experiments.config import RunConfig
+from experiments import hardware, tasks, training
 from experiments.data.order import DataOrder
 from experiments.errors import ExperimentError
-from experiments.records import RunFolder
-from experiments.runner import _command, _curve, execute
+from experiments.models import activations
+from experiments.runner import _curve, execute
+from experiments.runs import checkpoints
+from experiments.runs.folder import RunFolder
 from experiments.tasks.causal_lm import CausalLM
-from tests.experiments.helpers import ROOT, SHORT, Compose, outcome, without_clocks, write_problems
-
-BRIEF = (
-    *SHORT,
-    "training.max_steps=1",
-    "evaluation.before_training=false",
-)
-
-
-def _interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    append_metrics = RunFolder.append_metrics
-
-    def append_or_stop(self: RunFolder, metrics: dict[str, Any]) -> None:
-        append_metrics(self, metrics)
-        if metrics["step"] == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(RunFolder, "append_metrics", append_or_stop)
+from tests.experiments.helpers import BRIEF, ROOT, SHORT, Compose, outcome
+from tests.experiments.stopping import interrupt_at, stopped_at_the_end
 
 
 def test_a_run_learns_and_its_record_says_what_it_was(
@@ -74,40 +57,6 @@ def test_a_run_learns_and_its_record_says_what_it_was(
         assert word in printed
 
 
-def test_a_finished_run_is_left_alone_unless_forced_and_then_kept(
-    composed: Compose, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = composed(*SHORT, "training.max_steps=2")
-    execute(config)
-    first = RunFolder(config).finished_record()
-    execute(config)
-    how = f"on {first['hardware']['cpu']} in fp32"
-    assert f"already finished {how}; force=true" in capsys.readouterr().out
-    assert RunFolder(config).finished_record() == first
-    (copy,) = Path(config.results_dir, "records").glob("*.json")
-    copy.unlink()
-    written_at = (RunFolder(config).path / "record.json").stat().st_mtime_ns
-    execute(config)
-    assert json.loads(copy.read_text()) == first
-    assert (RunFolder(config).path / "record.json").stat().st_mtime_ns == written_at
-    execute(composed(*SHORT, "training.max_steps=2", "force=true"))
-    assert outcome(config)[1] == without_clocks(first["metrics"])
-    kept = [path for path in RunFolder(config).path.parent.iterdir() if path.is_dir()]
-    assert len(kept) == 2
-
-
-def test_a_records_command_says_what_the_run_is_and_no_more() -> None:
-    own = ["optimizer=adamw", "seed=7"]
-    others = [
-        "force=true",
-        "results_dir=a",
-        "dataset.root=b",
-        "logger=wandb",
-        "logger.mode=offline",
-    ]
-    assert _command([*others, *own]) == "python run.py optimizer=adamw seed=7"
-
-
 def test_what_the_optimizer_refuses_is_said_before_the_model_is_loaded(
     composed: Compose, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,99 +74,6 @@ def test_answers_without_room_are_refused_before_the_training(composed: Compose)
     assert not RunFolder(config).metrics()
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "precision"),
-    [("microadam", "fp32"), ("microadam", "bf16"), ("microadam", "bf16_amp"), ("adamw", "bf16")],
-)
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(
-    composed: Compose, monkeypatch: pytest.MonkeyPatch, optimizer: str, precision: str
-) -> None:
-    """Between two checkpoints, in the middle of MicroAdam's window."""
-    choice = (*SHORT, f"optimizer={optimizer}", f"hardware.precision={precision}")
-    undisturbed = composed(*choice, "results_dir=undisturbed")
-    config = composed(*choice)
-    monkeypatch.chdir(Path(config.results_dir).parent)
-    execute(undisturbed)
-    with monkeypatch.context() as patch:
-        _interrupt_at(6, patch)
-        with pytest.raises(KeyboardInterrupt):
-            execute(config)
-    assert RunFolder(config).finished_record() is None
-    execute(config)
-    assert outcome(config) == outcome(undisturbed)
-
-
-def test_a_killed_process_leaves_what_the_same_command_needs(
-    composed: Compose, tmp_path: Path
-) -> None:
-    config = composed(*SHORT, "training.max_steps=30")
-    undisturbed = composed(*SHORT, "training.max_steps=30", f"results_dir={tmp_path / 'other'}")
-    command = [sys.executable, str(ROOT / "run.py"), *SHORT, "training.max_steps=30"]
-    command.append(f"results_dir={config.results_dir}")
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(command, stdout=log, stderr=log)
-    run = RunFolder(config)
-    while len(run.metrics()) < 10 and process.poll() is None:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    execute(config)
-    execute(undisturbed)
-    assert outcome(config) == outcome(undisturbed)
-
-
-def _interrupted(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The checkpoints of a run that stopped at its last step, newest first."""
-
-    def no_space(*_: object) -> None:
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "finish", no_space)
-        with pytest.raises(OSError, match="no space left"):
-            execute(config)
-    return sorted(RunFolder(config).checkpoints.glob("*.pt"), reverse=True)
-
-
-def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(
-    composed: Compose, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = composed(*SHORT)
-    newest, _ = _interrupted(config, monkeypatch)
-    newest.write_bytes(newest.read_bytes()[:-1000])
-    execute(config)
-    printed = capsys.readouterr().out
-    assert "damaged or cut short" in printed
-    assert "from step 4" in printed
-    undisturbed = composed(*SHORT, f"results_dir={config.results_dir}-2")
-    execute(undisturbed)
-    assert outcome(config) == outcome(undisturbed)
-
-
-def test_checkpoints_that_cannot_be_used_are_refused_and_kept(
-    composed: Compose, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = composed(*SHORT)
-    paths = _interrupted(config, monkeypatch)
-    payload = torch.load(paths[0], weights_only=True)
-    torch.save({**payload, "config_hash": "0123456789"}, paths[0])
-    with pytest.raises(ExperimentError, match=r"config_hash is 0123456789.*force=true"):
-        execute(config)
-    without = {name: payload[name] for name in payload if name not in ("data_digest", "precision")}
-    torch.save(without, paths[0])
-    with pytest.raises(ExperimentError, match=r"not say its data_digest and precision.*force=true"):
-        execute(config)
-    for path in paths:
-        path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ExperimentError, match=r"no checkpoint in it can be read.*force=true"):
-        execute(config)
-    assert all(path.exists() for path in paths)
-    execute(composed(*SHORT, "force=true"))  # the remedy that both messages name
-    assert RunFolder(config).finished_record() is not None
-    kept = RunFolder(config).path.parent.rglob("step-*.pt")
-    assert sorted(path.name for path in kept) == sorted(path.name for path in paths)
-
-
 @pytest.mark.parametrize("stops_at", ["first step", "end"])
 def test_the_times_of_a_run_that_went_on_are_of_all_its_processes(
     composed: Compose, monkeypatch: pytest.MonkeyPatch, stops_at: str
@@ -233,13 +89,13 @@ def test_the_times_of_a_run_that_went_on_are_of_all_its_processes(
     config = composed(*SHORT, "training.max_steps=2")
     kept_s = evaluation_s
     if stops_at == "end":
-        newest, *_ = _interrupted(config, monkeypatch)
+        newest, *_ = stopped_at_the_end(config, monkeypatch)
         totals = torch.load(newest, weights_only=True)["totals"]
         kept_s = totals["wall_s"]
         assert kept_s > evaluation_s + totals["training_s"]
     else:
         with monkeypatch.context() as patch:
-            _interrupt_at(1, patch)
+            interrupt_at(1, patch)
             with pytest.raises(KeyboardInterrupt):
                 execute(config)
     execute(config)
@@ -273,7 +129,7 @@ def test_the_peak_memory_of_a_run_is_that_of_its_training(
     monkeypatch.setattr(CausalLM, "evaluate", evaluate)
     config = composed(*SHORT, "training.max_steps=2", "training.checkpoint_every_steps=1")
     with monkeypatch.context() as patch:
-        _interrupt_at(2, patch)
+        interrupt_at(2, patch)
         with pytest.raises(KeyboardInterrupt):
             execute(config)
     execute(config)
@@ -297,7 +153,7 @@ def test_a_record_counts_the_steps_that_were_taken_not_the_lines_of_the_log(
     composed: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = composed(*BRIEF, "training.max_steps=3")
-    _interrupted(config, monkeypatch)
+    stopped_at_the_end(config, monkeypatch)
     log = RunFolder(config).path / "metrics.jsonl"
     first, _, third, *_ = log.read_text().splitlines(keepends=True)
     log.write_text(first + third)
@@ -322,50 +178,6 @@ def test_the_metrics_are_on_the_disk_before_the_checkpoint(
     execute(composed(*BRIEF))
     (checkpoint,) = (i for i, name in enumerate(synced) if name.startswith(".step-"))
     assert synced[:checkpoint].count("metrics.jsonl") == 1
-
-
-def test_a_run_does_not_go_on_with_other_data(
-    composed: Compose, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """One number of one row is another one; the config, and so the folder, is the same."""
-    write_problems(tmp_path / "gsm8k", num_train=16, num_test=2)
-    config = composed(*BRIEF, f"dataset.path={tmp_path / 'gsm8k'}")
-    _interrupted(config, monkeypatch)
-    rows = tmp_path / "gsm8k/train.jsonl"
-    text = rows.read_text()
-    *_, last = re.finditer(r"\d", text)
-    rows.write_text(text[: last.start()] + str((int(last[0]) + 1) % 10) + text[last.end() :])
-    with pytest.raises(ExperimentError, match=r"data_digest is \w+, .*force=true .*results_dir"):
-        execute(config)
-    rows.write_text(text)
-    rows.touch()
-    execute(config)
-    record = RunFolder(config).finished_record()
-    assert record is not None
-    assert len(record["data_digest"]) == 16
-
-
-def test_a_run_does_not_go_on_in_another_precision(
-    composed: Compose, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The automatic one is bf16 where there is a GPU, and was fp32 where the run began."""
-    config = composed(*BRIEF, "hardware=auto")
-    _interrupted(config, monkeypatch)
-    with monkeypatch.context() as patch:
-        patch.setattr(hardware, "resolve_precision", lambda _: "bf16")
-        with pytest.raises(ExperimentError, match=r"precision is fp32, this run's is bf16; use fo"):
-            execute(config)
-    execute(config)
-    assert RunFolder(config).finished_record() is not None
-
-
-def test_a_run_that_another_process_has_is_refused(composed: Compose) -> None:
-    config = composed(*SHORT)
-    with (
-        RunFolder(config).locked(),
-        pytest.raises(ExperimentError, match=f"is being run by process {os.getpid()}"),
-    ):
-        execute(config)
 
 
 def test_a_run_whose_loss_is_not_finite_leaves_a_record_of_that_and_is_not_repeated(
@@ -581,7 +393,7 @@ def test_metrics_are_mirrored_to_wandb_only_where_asked(composed: Compose) -> No
 
 
 class WandbRun:
-    """What `experiments.records.Mirror` has of a run of Weights & Biases."""
+    """What `experiments.runs.mirror.Mirror` has of a run of Weights & Biases."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -638,14 +450,6 @@ def test_results_that_cannot_be_written_are_refused(composed: Compose) -> None:
     Path(config.results_dir).write_text("a file")
     with pytest.raises(ExperimentError, match=r"could not be written .*choose another folder"):
         execute(config)
-
-
-def test_the_status_of_a_folder_that_is_not_there_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        status.main([str(tmp_path / "none")])
-    assert "none: there is no such folder" in capsys.readouterr().err
 
 
 def test_the_saved_model_is_the_trained_one(

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import interruption, tasks
+from experiments import tasks
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
-from experiments.records import RunFolder
 from experiments.runner import execute
+from experiments.runs import interruption
+from experiments.runs.folder import RunFolder
 from experiments.tasks.gsm8k import GSM8K
 from tests.experiments import soak
 from tests.experiments.helpers import SHORT, Compose, outcome, write_problems
+from tests.experiments.stopping import at_step
 from tests.processes import start
 
 
@@ -37,18 +39,6 @@ def undisturbed(composed: Compose, quick: tuple[str, ...], tmp_path: Path) -> An
     config = composed(*quick, f"results_dir={tmp_path / 'undisturbed'}")
     execute(config)
     return outcome(config)
-
-
-def at_step(step: int, monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> None:
-    """Does something as soon as a step is logged."""
-    append_metrics = RunFolder.append_metrics
-
-    def append_and_act(self: RunFolder, metrics: dict[str, Any]) -> None:
-        append_metrics(self, metrics)
-        if metrics["step"] == step:
-            action()
-
-    monkeypatch.setattr(RunFolder, "append_metrics", append_and_act)
 
 
 def checkpoint_names(config: RunConfig) -> list[str]:

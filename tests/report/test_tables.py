@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from experiments.errors import ExperimentError
-from experiments.records import RunFolder
 from experiments.report import formats, planning, records, tables
 from experiments.report.planning import Cell, Run
 from experiments.report.records import Record
 from experiments.report.tables import Column, Table
+from experiments.runs.folder import RunFolder
 from run import compose
 from scripts import table as script
 from scripts.jobs import Jobs

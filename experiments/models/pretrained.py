@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from experiments import atomic, conversion, hub
+from experiments import atomic, hub
 from experiments.config import ModelConfig
 from experiments.errors import ExperimentError, require
+from experiments.models import conversion
 
 
 def locate(config: ModelConfig) -> tuple[str, str]:

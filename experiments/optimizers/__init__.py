@@ -1,8 +1,9 @@
 """Every optimizer: its hyperparameters, how it is built, and how much its state takes.
 
 A new one needs a dataclass here, a line in `OPTIMIZERS`, and a file in configs/optimizer/ that also
-says where its defaults come from. Torch and the optimizers' packages are imported inside the
-methods: experiments/config.py imports this file, and `python run.py --cfg job` must be instant.
+says where its defaults come from. Those that the project implements itself are modules beside this
+file. Torch and whatever needs it are imported inside the methods: experiments/config.py imports
+this file, and `python run.py --cfg job` must be instant.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ class GaLoreConfig(AdamWConfig):
         require_positive("optimizer", self, "rank", "update_gap", "scale")
 
     def build(self, model: Module) -> Optimizer:
-        from experiments.galore import GaLoreAdamW
+        from experiments.optimizers.galore import GaLoreAdamW
 
         groups = self.groups(model)
         if not any("rank" in group for group in groups):
@@ -205,7 +206,7 @@ class GaLoreConfig(AdamWConfig):
         )
 
     def groups(self, model: Module) -> list[dict[str, Any]]:
-        from experiments.galore import low_rank_parameters
+        from experiments.optimizers.galore import low_rank_parameters
 
         low_rank = low_rank_parameters(model, self.rank)
         ids = {id(p) for p in low_rank}
@@ -239,7 +240,7 @@ class CAMEConfig(OptimizerConfig):
         require_positive("optimizer", self, "clip_threshold")
 
     def build(self, model: Module) -> Optimizer:
-        from experiments.came import CAME
+        from experiments.optimizers.came import CAME
 
         return CAME(
             self.groups(model),

@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments import atomic, status
+from experiments import atomic
 from experiments.report import formats
+from experiments.runs import reading
 
 
 def keep_job(folder: Path, number: int, job: dict[str, Any]) -> None:
@@ -33,15 +34,15 @@ def summary(folder: Path) -> tuple[str, int]:
             errors.append(f"job {number} failed: {job['error']}")
             rows.append([number, overrides, "failed", "", "", "", ""])
             continue
-        run = status.read(Path(job["run"]))
+        run = reading.read(Path(job["run"]))
         rows.append(
             [
                 number,
                 overrides,
                 run.state,
-                status.number(run.metrics, "train/final_loss", "train/loss"),
-                status.number(run.metrics, "eval/loss"),
-                status.headline(run.metrics),
+                reading.number(run.metrics, "train/final_loss", "train/loss"),
+                reading.number(run.metrics, "eval/loss"),
+                reading.headline(run.metrics),
                 run.path.name,
             ]
         )

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import importlib.metadata
 import json
 import os
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,13 +27,11 @@ from typing import IO, Any
 
 import yaml
 
-import microadam
-from experiments import atomic, status
+from experiments import atomic
 from experiments.config import RunConfig, run_hash
 from experiments.errors import ExperimentError
+from experiments.runs import reading
 
-_PACKAGES = ("torch", "transformers", "datasets", "lm-eval", "hydra-core", "numpy")
-_OPTIONAL_PACKAGES = ("bitsandbytes", "torchao", "flashoptim", "torchvision", "ffcv")
 _LOCK_PATIENCE_S = 1.0  # `experiments.status` holds a lock for an instant to see if it is free
 
 
@@ -96,7 +92,7 @@ class RunFolder:
 
     def finished_record(self) -> dict[str, Any] | None:
         """The record, or None if the run is not finished."""
-        return status.read_record(self._record)
+        return reading.read_record(self._record)
 
     def was_interrupted_since(self, moment: datetime) -> bool:
         """Whether it was started after ``moment`` and has not finished."""
@@ -134,7 +130,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All complete lines of metrics.jsonl; a kill may have cut the last one short."""
-        return status.read_lines(self._metrics)
+        return reading.read_lines(self._metrics)
 
     def rewind_metrics(self, step: int) -> None:
         """Drops what a run resumed after ``step`` repeats: later steps and the final evaluation."""
@@ -163,67 +159,3 @@ def _take_lock(file: IO[str]) -> bool:
 
 def _to_json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2, allow_nan=False) + "\n"
-
-
-def provenance() -> dict[str, Any]:
-    """The commit, whether the tree differs from it, and the versions of relevant packages."""
-    root = Path(__file__).parent
-    commit = _git(root, "rev-parse", "HEAD")
-    # Results change with every run, but no run reads them.
-    paths = (":/", ":(top,exclude)results")
-    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", *paths)
-    versions = {"python": platform.python_version(), "microadam": microadam.__version__}
-    versions |= {package: importlib.metadata.version(package) for package in _PACKAGES}
-    for package in _OPTIONAL_PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return {
-        "git_commit": commit,
-        "git_dirty": None if changes is None else bool(changes),
-        "versions": versions,
-    }
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """Git's answer, or None outside a checkout or without git."""
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-class Mirror:
-    """Sends metrics to Weights & Biases while its block runs, then whether the block succeeded."""
-
-    def __init__(self, run: RunFolder, config: RunConfig) -> None:
-        import wandb
-
-        try:
-            self._wandb_run = wandb.init(
-                project=config.logger.project,
-                mode="offline" if config.logger.mode == "offline" else "online",
-                id=run.attempt,
-                name=run.name,
-                resume="allow",
-                dir=run.path,
-                config=dataclasses.asdict(config),
-            )
-        except wandb.errors.Error as error:
-            reason = str(error).rstrip(".")
-            raise ExperimentError(f"logger=wandb: {reason}; or set logger.mode=offline") from error
-
-    def __enter__(self) -> Mirror:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._wandb_run.finish(exit_code=0 if kind is None else 1)
-
-    def log(self, metrics: dict[str, Any]) -> None:
-        self._wandb_run.log(metrics, step=metrics["step"])
-
-    def summarize(self, record: dict[str, Any]) -> None:
-        """Sets what a table of runs shows for this one."""
-        self._wandb_run.summary.update({"status": record["status"], **record["metrics"]})

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.parameterwise import ParameterwiseOptimizer
+from experiments.optimizers.parameterwise import ParameterwiseOptimizer
 
 
 class CAME(ParameterwiseOptimizer):

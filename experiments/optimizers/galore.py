@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.parameterwise import ParameterwiseOptimizer
+from experiments.optimizers.parameterwise import ParameterwiseOptimizer
 
 
 def low_rank_parameters(model: nn.Module, rank: int) -> list[Tensor]:

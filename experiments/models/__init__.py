@@ -1,4 +1,7 @@
-"""Models and tokenizers: pretrained from a folder, a package or the hub, or random weights."""
+"""Models and tokenizers: pretrained from a folder, a package or the hub, or random weights.
+
+ResNets, which have no tokenizer, are built in `resnets`.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from experiments import hub, pretrained
+from experiments import hub
 from experiments.config import ModelConfig
 from experiments.errors import ExperimentError, reason, require
+from experiments.models import pretrained
 
 # What a task needs a model to do, and the model types that can. A type that also fills in masked
 # tokens reads text in both directions, and so would see the token that it is to predict.
