@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class ModelConfig:
     weights: str = MISSING  # pretrained | random
     path: str | None = None  # folder of a saved transformers model; preferred to hub and package
     hub_id: str | None = None
+    revision: str | None = None  # commit, branch or tag on the hub; None: the newest
     package: str | None = None  # installed Python package that carries the weights
     tokenizer_package: str | None = None  # and the tokenizer, if that one has none
     architecture: dict[str, Any] = field(default_factory=dict)  # a transformers config
@@ -63,9 +64,20 @@ class ModelConfig:
             f"the weights would be those of model.package={self.package}; to take the hub's, set "
             "model.package=null too",
         )
+        require(
+            self.revision is None or self.is_from_hub,
+            "model.revision",
+            self.revision,
+            "it is of the hub's weights, and these come from elsewhere; leave it out",
+        )
         if self.dropout is not None:
             is_share = 0 <= self.dropout < 1
             require(is_share, "model.dropout", self.dropout, "must be from 0 to less than 1")
+
+    @property
+    def is_from_hub(self) -> bool:
+        """Whether its weights are, or those in the hub's cache."""
+        return self.weights == "pretrained" and self.path is None and self.package is None
 
     @property
     def title(self) -> str:
@@ -83,6 +95,7 @@ class DatasetConfig:
     source: str = "auto"
     hub_id: str | None = MISSING  # None: not on any hub
     hub_config: str | None = None
+    revision: str | None = None  # commit, branch or tag on the hub; None: the newest at first use
     splits: list[str] = MISSING
     columns: dict[str, str] = MISSING  # the type of each: str | int | list | dict | image
     size: int | None = None  # rows of the hub's training split; None: not for training
@@ -93,6 +106,12 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         require_choice("dataset.source", self.source, "auto", "real", "local", "hub", "generated")
         require_positive("dataset", self, "num_held_out", "num_train", "num_classes")
+        require(
+            self.revision is None or self.source == "hub",
+            "dataset.revision",
+            self.revision,
+            "it is of the hub's data; set dataset.source=hub too",
+        )
         remedy = "there already is a test split: leave this out, or use dataset.num_train"
         is_needed = self.num_held_out is None or "test" not in self.splits
         require(is_needed, "dataset.num_held_out", self.num_held_out, remedy)
@@ -362,24 +381,30 @@ class RunConfig:
 # What may differ without making it another run: where it is kept, how it is monitored.
 _NOT_PART_OF_THE_RUN = ("dry_run", "force", "logger", "learning_rates")
 _PLACES = ("results_dir", "root")  # at any depth
+# Keys, at any depth, that came when there were records already, whose hashes must stay.
+_HASHED_IF_SET = ("revision",)
 
 
 def without_places(config: RunConfig) -> dict[str, Any]:
     """The config as plain values, without the keys that say where data and results are."""
 
-    def without(values: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: without(value) if isinstance(value, dict) else value
-            for name, value in values.items()
-            if name not in _PLACES
-        }
+    return _filtered(dataclasses.asdict(config), lambda name, _: name not in _PLACES)
 
-    return without(dataclasses.asdict(config))
+
+def _filtered(values: dict[str, Any], keeps: Callable[[str, Any], bool]) -> dict[str, Any]:
+    """The entries that ``keeps(name, value)`` is true for, at any depth."""
+    return {
+        name: _filtered(value, keeps) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if keeps(name, value)
+    }
 
 
 def run_hash(config: RunConfig) -> str:
     """Ten hex digits that name a run: equal for equal configs, so equal configs share a folder."""
-    values = without_places(config)
+    values = _filtered(
+        without_places(config), lambda name, value: name not in _HASHED_IF_SET or value is not None
+    )
     for name in _NOT_PART_OF_THE_RUN:
         del values[name]
     del values["evaluation"]["every_steps"]

@@ -32,7 +32,7 @@ def go_offline_if_unreachable() -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def load_dataset(name: str, config: str | None, **options: Any) -> Any:
+def load_dataset(name: str, config: str | None, revision: str | None, **options: Any) -> Any:
     """`datasets.load_dataset`.
 
     Raises:
@@ -43,7 +43,7 @@ def load_dataset(name: str, config: str | None, **options: Any) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, **options)
+        return datasets.load_dataset(name, config, revision=revision, **options)
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise FileNotFoundError(str(error)) from error
 
@@ -58,11 +58,16 @@ def data_revision(rows: datasets.Dataset) -> str | None:
     return folders[0] if is_known else None
 
 
-def model_revision(name: str) -> str | None:
-    """The commit of the model that was loaded from the hub or its cache; None: unknown."""
+def model_revision(name: str, wanted: str | None) -> str | None:
+    """The commit of the model that was loaded from the hub or its cache; None: unknown.
+
+    Args:
+        wanted: the commit, branch or tag that was asked for.
+    """
     from huggingface_hub import try_to_load_from_cache
 
-    file = try_to_load_from_cache(name, "config.json")  # .../snapshots/<commit>/config.json
+    # .../snapshots/<commit>/config.json
+    file = try_to_load_from_cache(name, "config.json", revision=wanted)
     return Path(file).parent.name if isinstance(file, str) else None
 
 

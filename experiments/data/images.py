@@ -236,7 +236,7 @@ def from_hub(config: DatasetConfig, hub_id: str, name: str) -> Images:
         ExperimentError: its columns do not match the config.
         OSError: they are not available.
     """
-    rows = hub.load_dataset(hub_id, config.hub_config, split=name)
+    rows = hub.load_dataset(hub_id, config.hub_config, config.revision, split=name)
     revision = hub.data_revision(rows)
     split = f"hub {hub_id} {name} {len(rows)}"
     return _Rows(rows, config, hub_id, f"{split} {revision}", split, revision)

@@ -98,23 +98,24 @@ def _find(config: DatasetConfig) -> tuple[str, Path]:
     return sources.first(
         config,
         local=lambda folder: folder,
-        hub=lambda hub_id: _exported_from_hub(hub_id, config.hub_config),
+        hub=lambda hub_id: _exported_from_hub(hub_id, config.hub_config, config.revision),
         generated=(lambda: _generated(config)) if config.name in _GENERATORS else None,
     )
 
 
-def _exported_from_hub(hub_id: str, hub_config: str | None) -> Path:
-    name = "-".join([hub_id.replace("/", "--"), *filter(None, [hub_config])])
+def _exported_from_hub(hub_id: str, hub_config: str | None, revision: str | None) -> Path:
+    given = (hub_id, hub_config, revision)
+    name = "-".join(part.replace("/", "--") for part in given if part is not None)
     folder = hub.cache_dir() / "datasets" / name
     if not folder.exists():
-        loaded = hub.load_dataset(hub_id, hub_config)
+        loaded = hub.load_dataset(hub_id, hub_config, revision)
         with atomic.new_folder(folder) as partial:
             for split in loaded:
                 text = _to_jsonl(loaded[split])
                 (partial / f"{split}.jsonl").write_text(text, encoding="utf-8")
-            revision = hub.data_revision(next(iter(loaded.values())))
-            if revision is not None:
-                (partial / _REVISION).write_text(revision, encoding="utf-8")
+            commit = hub.data_revision(next(iter(loaded.values())))
+            if commit is not None:
+                (partial / _REVISION).write_text(commit, encoding="utf-8")
     return folder
 
 

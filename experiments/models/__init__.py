@@ -118,17 +118,21 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
     location, source = pretrained.locate(config)
     with _loading(config, location):
         own = _saved_config(config, location, model_class, settings)
-        model = model_class.from_pretrained(location, config=own, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(location)
+        pinned = _pinned(config)
+        model = model_class.from_pretrained(location, config=own, dtype=torch.float32, **pinned)
+        tokenizer = AutoTokenizer.from_pretrained(location, **pinned)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = (
         tokenizer.pad_token_id
     )  # tells a causal classifier where a text ends
-    is_from_hub = config.path is None and config.package is None
-    return LoadedModel(
-        model, tokenizer, source, hub.model_revision(location) if is_from_hub else None
-    )
+    commit = hub.model_revision(location, config.revision) if config.is_from_hub else None
+    return LoadedModel(model, tokenizer, source, commit)
+
+
+def _pinned(config: ModelConfig) -> dict[str, str]:
+    """The argument of `from_pretrained` that asks for the config's revision, if it has one."""
+    return {} if config.revision is None else {"revision": config.revision}
 
 
 @contextmanager
@@ -148,7 +152,7 @@ def _saved_config(
     config: ModelConfig, location: str, model_class: Any, settings: dict[str, Any]
 ) -> transformers.PretrainedConfig:
     """The transformers config saved with the weights."""
-    own = transformers.AutoConfig.from_pretrained(location, **settings)
+    own = transformers.AutoConfig.from_pretrained(location, **_pinned(config), **settings)
     _require_ability(config, own.model_type, model_class)
     return _with_dropout(own, config.dropout)
 

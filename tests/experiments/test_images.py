@@ -163,7 +163,7 @@ def test_all_splits_are_from_the_one_source_that_has_them_all(
     """Training on the hub's images was reported with the accuracy on generated patterns."""
     rows = datasets.Dataset.from_dict({"img": [Image.new("L", (4, 4))], "label": [3]})
 
-    def load(name: str, config: str | None, split: str) -> datasets.Dataset:
+    def load(name: str, config: str | None, revision: str | None, split: str) -> datasets.Dataset:
         if split == "test":
             raise FileNotFoundError("no test")
         return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -293,7 +294,10 @@ def test_every_probability_of_dropout_is_changed_and_nothing_else(
 def test_the_hubs_commit_is_kept_with_its_weights(
     composed: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loaded from a cache of the hub as transformers and huggingface_hub lay it out."""
+    """Loaded from a cache of the hub as transformers and huggingface_hub lay it out.
+
+    The newest by default, another if the run asks for it.
+    """
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     own = models.load_classifier(composed(*SMOKE).model, LABELS)
     assert own.revision is None
@@ -305,6 +309,13 @@ def test_the_hubs_commit_is_kept_with_its_weights(
     config = composed(*SMOKE, "model.weights=pretrained", "model.hub_id=some/model").model
     loaded = models.load_classifier(config, LABELS)
     assert (loaded.source, loaded.revision) == ("hub some/model", commit)
+    older = 40 * "b"
+    with torch.no_grad():
+        own.model.classifier.bias.fill_(7)
+    pretrained.save(own.model, own.tokenizer, repository / "snapshots" / older)
+    loaded = models.load_classifier(dataclasses.replace(config, revision=older), LABELS)
+    assert loaded.revision == older
+    assert (loaded.model.classifier.bias == 7).all()
 
 
 def test_weights_in_a_package_are_found_without_importing_it(

@@ -35,9 +35,14 @@ def test_equal_configs_share_a_folder_and_what_does_not_change_the_run_does_not_
     composed: Compose,
 ) -> None:
     here = run_hash(composed("scale=smoke"))
-    assert run_hash(composed("scale=smoke", "logger=wandb", "force=true", "dry_run=true")) == here
+    monitoring = ("logger=wandb", "force=true", "dry_run=true", "evaluation.every_steps=3")
+    assert run_hash(composed("scale=smoke", *monitoring)) == here
     assert run_hash(composed("scale=smoke", "optimizer.lr=0.5")) != here
     assert run_hash(composed("scale=smoke", "seed=1")) != here
+    pinned = ("dataset.source=hub", "dataset.revision=v1")
+    assert run_hash(composed("scale=smoke", *pinned)) != run_hash(
+        composed("scale=smoke", pinned[0])
+    )
 
 
 def test_a_run_on_local_data_is_another_run_wherever_that_data_lies(

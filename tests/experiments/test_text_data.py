@@ -99,6 +99,24 @@ def test_the_hubs_commit_is_kept_with_its_rows(
         assert data.revision == (folder_name if len(folder_name) == 40 else None)
 
 
+def test_a_revision_is_asked_for_and_exported_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once exported, the newest rows would stand for those of any commit."""
+
+    def load(name: str, config: str | None, revision: str | None) -> datasets.DatasetDict:
+        row = {"question": f"at {revision}", "answer": "#### 1"}
+        return datasets.DatasetDict(train=datasets.Dataset.from_list([row]))
+
+    monkeypatch.setenv("MICROADAM_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for revision in (None, "v1", 40 * "a"):
+        data = text.load(_config(source="hub", splits=["train"], revision=revision))
+        assert data.rows["train"][0]["question"] == f"at {revision}"
+    with pytest.raises(ExperimentError, match=r"dataset\.revision=v1: .* dataset\.source=hub"):
+        _config(source="auto", revision="v1")
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
