@@ -150,7 +150,8 @@ def _parsed(composed: DictConfig, overrides: Sequence[str]) -> config.RunConfig:
     run_config = config.parse(composed)
     for override in overrides:
         is_of_architecture = override.lstrip("+~").startswith("model.architecture")
-        if is_of_architecture and run_config.model.weights == "pretrained":
+        has_its_own = run_config.model.weights == "pretrained" and run_config.images is None
+        if is_of_architecture and has_its_own:
             raise ExperimentError(
                 f"{override}: pretrained weights come with their architecture; leave this out, or "
                 "set model.weights=random"

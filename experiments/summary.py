@@ -170,7 +170,7 @@ def record_summary(record: dict[str, Any], folder: Path) -> str:
         rows = [("train loss", f"diverged: not finite at step {record['num_steps']}")]
     else:
         rows = [("train loss", f"{m['train/first_loss']:.3f} -> {m['train/last_loss']:.3f}")]
-    rows += [(label, _before_after(m, key)) for label, key in _evaluated(m)]
+    rows += _evaluation_rows(m)
     rows += [
         (
             "optimizer state",
@@ -190,6 +190,15 @@ def record_summary(record: dict[str, Any], folder: Path) -> str:
         rows.append(("model", str(folder / "model")))
     what = f"{record['optimizer']} on {record['model']}, {record['task']}"
     return f"\n{what} ({record['scale']} scale, data: {record['data_source']})\n{_table(rows)}"
+
+
+def evaluation_summary(metrics: dict[str, Any]) -> str:
+    """The scores of an evaluation, as a record holds them."""
+    return _table(_evaluation_rows(metrics))
+
+
+def _evaluation_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(label, _before_after(metrics, name)) for label, name in _evaluated(metrics)]
 
 
 def _evaluated(metrics: dict[str, Any]) -> list[tuple[str, str]]:

@@ -51,19 +51,9 @@ class Setup:
         return time.perf_counter() - self.began
 
     def evaluate(self) -> dict[str, Any]:
-        """The task's metrics as they are logged, and ``time/evaluation_s``; call it on all ranks.
-
-        Metrics that are not finite are left out: JSON cannot represent them.
-        """
-        started = time.perf_counter()
+        """`Task.logged_evaluation` of the model as it is now; call it on all ranks."""
         with self.parallel.whole_model():
-            metrics = distributed.from_rank_0(self.task.evaluate)
-        logged = {
-            f"eval/{name}": value
-            for name, value in metrics.items()
-            if not isinstance(value, float) or math.isfinite(value)
-        }
-        return {**logged, "time/evaluation_s": time.perf_counter() - started}
+            return distributed.from_rank_0(self.task.logged_evaluation)
 
 
 @dataclass

@@ -1,15 +1,19 @@
-"""ResNets as torchvision builds them, with random weights and a configurable stem."""
+"""ResNets as torchvision builds them, with a configurable stem: random, or with a run's weights."""
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from experiments.config import ModelConfig
-from experiments.errors import ExperimentError, require, require_choice
+from experiments.errors import ExperimentError, reason, require, require_choice
+
+WEIGHTS = "model.pt"  # in the folder of a finished run's model
 
 _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
@@ -34,7 +38,8 @@ def resnet(config: ModelConfig, num_classes: int) -> ResNet:
     """A ResNet in float32 and channels-last; its weights are drawn from torch's generator.
 
     Raises:
-        ExperimentError: the weights are not random, or the architecture is not a ResNet's.
+        ExperimentError: the weights come from a hub or a package, or the architecture is not a
+            ResNet's.
     """
     try:
         architecture = Architecture(**config.architecture)
@@ -45,10 +50,11 @@ def resnet(config: ModelConfig, num_classes: int) -> ResNet:
             "model=resnet18, resnet50 or tiny_resnet"
         ) from error
     require(
-        config.weights == "random",
+        config.weights == "random" or config.path is not None,
         "model.weights",
         config.weights,
-        f"{config.name} is trained from scratch; use model.weights=random",
+        f"{config.name} is trained from scratch; use model.weights=random, or the folder of a "
+        "finished run's model with model.path=FOLDER",
     )
     require(config.dropout is None, "model.dropout", config.dropout, "a ResNet has none")
     require_choice("model.architecture.block", architecture.block, *_BLOCKS)
@@ -66,3 +72,19 @@ def resnet(config: ModelConfig, num_classes: int) -> ResNet:
     if not stem.max_pool:
         model.maxpool = torch.nn.Identity()
     return model.to(memory_format=torch.channels_last)
+
+
+def load_weights(model: ResNet, folder: Path) -> None:
+    """Loads what `experiments.tasks.imagenet` saved in a folder.
+
+    Raises:
+        ExperimentError: it is not there, or is another architecture's.
+    """
+    file = folder / WEIGHTS
+    require(file.is_file(), "model.path", folder, f"there is no {WEIGHTS} in it")
+    try:
+        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ExperimentError(
+            f"model.path={folder}: its weights do not fit model and dataset ({reason(error)})"
+        ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,6 +67,19 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self) -> dict[str, Any]:
         """Metrics by name; ``loss`` is the mean per target on held-out examples."""
+
+    def logged_evaluation(self) -> dict[str, Any]:
+        """What `evaluate` returns, as ``eval/<name>``, and ``time/evaluation_s``.
+
+        Metrics that are not finite are left out: JSON cannot represent them.
+        """
+        started = time.perf_counter()
+        metrics = {
+            f"eval/{name}": value
+            for name, value in self.evaluate().items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
+        return {**metrics, "time/evaluation_s": time.perf_counter() - started}
 
     @abstractmethod
     def save(self, folder: Path) -> None:

@@ -64,8 +64,11 @@ class ImageNet(Task):
         self.data_loader = self._train.name
         self.num_examples = min(config.dataset.num_train or len(train), len(train))
         model = resnets.resnet(config.model, images.num_classes(config.dataset))
-        self.model = model.to(device, hardware.param_dtype)
         self.model_source = "random"
+        if config.model.path is not None:
+            resnets.load_weights(model, Path(config.model.path))
+            self.model_source = f"folder {config.model.title}"
+        self.model = model.to(device, hardware.param_dtype)
 
     def steps(self, order: DataOrder, first: int, last: int) -> Iterator[list[Batch]]:
         """The batches of every step, read ahead; the resolution rises once per run."""
@@ -126,8 +129,9 @@ class ImageNet(Task):
         }
 
     def save(self, folder: Path) -> None:
-        """``model.pt``, the model's state dict."""
-        with atomic.new_folder(folder) as partial, (partial / "model.pt").open("wb") as file:
+        """The model's state dict."""
+        weights = resnets.WEIGHTS
+        with atomic.new_folder(folder) as partial, (partial / weights).open("wb") as file:
             torch.save(self.model.state_dict(), file)
 
     @staticmethod

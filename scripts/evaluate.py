@@ -1,0 +1,139 @@
+"""Evaluates the model of a finished run again: by another protocol, or on more examples.
+
+    python -m scripts.evaluate results/runs/.../<hash> evaluation=gsm8k_5shot
+    python -m scripts.evaluate results/runs/.../<hash> evaluation.limit=null hardware=cpu
+
+After the run's folder come run.py's overrides, of how it is evaluated and on which hardware; all
+else stays as in the run. The scores are printed, and kept in the folder below evaluations/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from experiments import atomic, hub
+from experiments.config import RunConfig
+from experiments.errors import ExperimentError, require
+from experiments.report.records import Record
+from experiments.runs.reading import read_record
+from run import completed, compose
+
+_MAY_DIFFER = ("evaluation", "hardware", "dataset.path", "dataset.root")
+
+
+def composed(folder: Path, record: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """The config of the run, with these overrides and its trained model in place of the first.
+
+    Raises:
+        ExperimentError: an override is not about evaluation; the model was not kept; the files in
+            configs/ no longer describe the run.
+    """
+    of_run = shlex.split(record["command"])[2:]  # without python run.py
+    if not Record(folder.name, record).is_run_of(dataclasses.asdict(compose(*of_run))):
+        raise ExperimentError(
+            f"{folder}: {record['command']} composes another run today; evaluate it with the "
+            f"commit that made it ({record['git_commit']})"
+        )
+    by_key = {_key(override): override for override in completed(of_run)}
+    for override in completed(overrides):
+        is_allowed = f"{_key(override)}.".startswith(tuple(f"{name}." for name in _MAY_DIFFER))
+        if not is_allowed:
+            raise ExperimentError(
+                f"{override}: the model is trained; only {', '.join(_MAY_DIFFER)} can differ"
+            )
+        by_key[_key(override)] = override
+    config = compose(*by_key.values())
+    model = folder / "model"
+    require(model.is_dir(), "run", folder, "its model was not kept; train with save_model=true")
+    config.model = dataclasses.replace(
+        config.model,
+        path=str(model),
+        weights="pretrained",
+        hub_id=None,
+        package=None,
+        revision=None,
+    )
+    config.hardware.parallel = "ddp"  # in this one process, all of it
+    return config
+
+
+def _key(override: str) -> str:
+    return str(OverridesParser.create().parse_override(override).key_or_group)
+
+
+def evaluate(folder: Path, overrides: Sequence[str]) -> Path:
+    """Evaluates the run's model, prints the scores, and returns the file that holds them.
+
+    Raises:
+        ExperimentError: as `composed`; there is no finished run; its data has changed.
+    """
+    record = read_record(folder / "record.json")
+    if record is None or record["status"] != "finished":
+        raise ExperimentError(
+            f"{folder}: not a finished run; python -m experiments.status lists all of them"
+        )
+    config = composed(folder, record, overrides)
+    hub.go_offline_if_unreachable()
+    from experiments import hardware, models, summary, tasks  # after it, as they load transformers
+    from experiments.runs.provenance import provenance
+
+    models.quieten_transformers()
+    print(f"loading {config.dataset.name} and {folder / 'model'}", flush=True)
+    machine = hardware.resolve(config.hardware)
+    task = tasks.chosen(config)(config, machine)
+    require(
+        task.data_digest == record.get("data_digest", task.data_digest),
+        "dataset",
+        config.dataset.name,
+        f"not the data of the run ({record['data_source']}): examples that it was trained on could "
+        "be among those held out; give the same files with dataset.path or MICROADAM_DATA",
+    )
+    metrics = task.logged_evaluation()
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    result = {
+        "evaluated_at": now,
+        "run": record["run"],
+        "command": shlex.join(["python", "-m", "scripts.evaluate", str(folder), *overrides]),
+        **provenance(),
+        "data_source": task.data_source,
+        "data_digest": task.data_digest,
+        "metrics": metrics,
+        "hardware": machine.describe(),
+        "evaluation": dataclasses.asdict(config.evaluation),
+    }
+    path = folder / "evaluations" / f"{now}.json"
+    atomic.write_text(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
+    print(f"\n{summary.evaluation_summary(metrics)}\n\n{path}")
+    return path
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("overrides", nargs="*", help="such as evaluation=gsm8k_5shot")
+    given = parser.parse_args(arguments)
+    try:
+        evaluate(given.run, given.overrides)
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
