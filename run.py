@@ -106,6 +106,18 @@ def completed(overrides: Sequence[str]) -> list[str]:
     return overrides
 
 
+def by_key(overrides: Sequence[str]) -> dict[str, str]:
+    """The overrides by what they set; the last one counts.
+
+    Raises:
+        ExperimentError: as in `completed`.
+    """
+    parser = OverridesParser.create()
+    return {
+        parser.parse_override(override).key_or_group: override for override in completed(overrides)
+    }
+
+
 def _values_of(override: Override) -> list[Any]:
     """Its value, or all values of a sweep."""
     value = override.value()

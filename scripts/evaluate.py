@@ -19,16 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-
 from experiments import atomic, hub
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError, require
 from experiments.report.records import Record
 from experiments.runs.reading import read_record
-from run import completed, compose
+from run import by_key, compose
 
-_MAY_DIFFER = ("evaluation", "hardware", "dataset.path", "dataset.root")
+_MAY_DIFFER = ("evaluation.", "hardware.", "dataset.path.", "dataset.root.")
 
 
 def composed(folder: Path, record: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
@@ -44,15 +42,14 @@ def composed(folder: Path, record: dict[str, Any], overrides: Sequence[str]) -> 
             f"{folder}: {record['command']} composes another run today; evaluate it with the "
             f"commit that made it ({record['git_commit']})"
         )
-    by_key = {_key(override): override for override in completed(of_run)}
-    for override in completed(overrides):
-        is_allowed = f"{_key(override)}.".startswith(tuple(f"{name}." for name in _MAY_DIFFER))
-        if not is_allowed:
+    changes = by_key(overrides)
+    for key, override in changes.items():
+        if not f"{key}.".startswith(_MAY_DIFFER):
             raise ExperimentError(
-                f"{override}: the model is trained; only {', '.join(_MAY_DIFFER)} can differ"
+                f"{override}: the model is trained; only evaluation, hardware, dataset.path and "
+                "dataset.root can differ"
             )
-        by_key[_key(override)] = override
-    config = compose(*by_key.values())
+    config = compose(*{**by_key(of_run), **changes}.values())
     model = folder / "model"
     require(model.is_dir(), "run", folder, "its model was not kept; train with save_model=true")
     config.model = dataclasses.replace(
@@ -65,10 +62,6 @@ def composed(folder: Path, record: dict[str, Any], overrides: Sequence[str]) -> 
     )
     config.hardware.parallel = "ddp"  # in this one process, all of it
     return config
-
-
-def _key(override: str) -> str:
-    return str(OverridesParser.create().parse_override(override).key_or_group)
 
 
 def evaluate(folder: Path, overrides: Sequence[str]) -> Path:
