@@ -12,13 +12,14 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tests.ptx_interpreter.parser import PtxError
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 DTYPES = {
     **{f"{kind}{bits}": np.dtype(f"u{bits // 8}") for kind in "ub" for bits in (8, 16, 32, 64)},
@@ -336,14 +337,10 @@ for name, compare in COMPARISONS.items():
     if name in ("eq", "ne"):
         instruction(f"setp.{name}.{{b16,b32,b64}}", "pred T T")(compare)
 
-    def compare_ordered(
-        a: Array, b: Array, compare: Callable[..., Array] = compare
-    ) -> Array:
+    def compare_ordered(a: Array, b: Array, compare: Callable[..., Array] = compare) -> Array:
         return compare(a, b) & (a == a) & (b == b)
 
-    def compare_or_unordered(
-        a: Array, b: Array, compare: Callable[..., Array] = compare
-    ) -> Array:
+    def compare_or_unordered(a: Array, b: Array, compare: Callable[..., Array] = compare) -> Array:
         return compare(a, b) | (a != a) | (b != b)
 
     instruction(f"setp.{name}.{{f32,f64}}", "pred T T")(compare_ordered)

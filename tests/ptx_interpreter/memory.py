@@ -134,9 +134,8 @@ class Memory:
         found = np.searchsorted(self.starts, addresses, side="right") - 1
         outside = (found < 0) | (addresses + np.uint64(size) > self.ends[found])
         if outside.any():
-            raise PtxError(
-                f"{size}-byte access outside of memory, at {self.describe(int(addresses[outside][0]))}"
-            )
+            wrong = int(addresses[outside][0])
+            raise PtxError(f"{size}-byte access outside of memory, at {self.describe(wrong)}")
         for index in (found[0],) if (found == found[0]).all() else np.unique(found):
             region = self.regions[index]
             if space not in ("generic", region.space):
@@ -181,9 +180,7 @@ class Memory:
         size = data.shape[1]
         for region, where, places in self.locate(space, addresses, size):
             own_data = data[where]
-            self.note_writes(
-                region, places, np.repeat(threads[where], size), line, own_data
-            )
+            self.note_writes(region, places, np.repeat(threads[where], size), line, own_data)
             region.bytes[places] = own_data
             if not np.array_equal(region.bytes[places], own_data):
                 raise PtxError(f"threads write different values to one place of {region.name}")

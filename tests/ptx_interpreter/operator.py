@@ -1,8 +1,8 @@
 """The operator ``microadam::step_`` as a GPU would run it: the real host code, nvcc's PTX.
 
 csrc/cuda is compiled for the CPU as in tests/cuda_emulation, but what it launches is not emulated:
-its kernel's name, its grid and the bytes of its argument go to the interpreter. So the two compilers
-must agree about the layout of arguments, too.
+the kernel's name, the grid and the bytes of the argument go to the interpreter. So the two
+compilers must agree about the layout of arguments, too.
 """
 
 from __future__ import annotations
