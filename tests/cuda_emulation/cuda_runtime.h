@@ -7,7 +7,8 @@
 // other forever, and collectives that only part of a warp reaches, end the process with a message.
 //
 // This cannot reveal: speed, misaligned memory accesses, races between two barriers that need a
-// finer interleaving than whole threads, or what nvcc makes of the code.
+// finer interleaving than whole threads, or what nvcc makes of the code. For all but speed there is
+// tests/ptx_interpreter, which gets the launches of the same host code.
 #pragma once
 
 #include <ucontext.h>
@@ -83,8 +84,7 @@ inline struct Machine {
   std::function<void()> body;
 } machine;
 
-// If there is one, it gets the launches: the kernel, and the bytes of its argument. The PTX
-// interpreter of the tests runs what nvcc made of the kernels with them.
+// If there is one, it gets the launches in place of the emulation.
 using Launcher = void (*)(const void* kernel, unsigned num_blocks, unsigned num_threads,
                           const void* argument, size_t num_bytes);
 inline Launcher launcher = nullptr;

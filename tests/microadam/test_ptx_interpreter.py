@@ -295,6 +295,11 @@ def test_atomic_operations_count_every_thread() -> None:
             "mov.u32 %r1, 1; st.shared.u32 [memory], %r1; atom.shared.add.u32 %r1, [memory], 1;",
             "race",
         ),
+        (  # a thread's own atomic operation hides none of the others
+            "mov.u32 %r1, 1; setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.u32 [memory], %r1; bar.sync 0;"
+            "atom.shared.add.u32 %r1, [memory], 1; @%p1 ld.shared.u32 %r1, [memory];",
+            "race",
+        ),
         ("ld.global.u32 %r1, [%rd1]; st.global.u32 [%rd3], %r0;", "race"),
         ("setp.eq.u32 %p1, %r0, 3; @%p1 bra $end; bar.sync 0;", "have exited"),
         (

@@ -27,7 +27,7 @@ SPACES = ("global", "shared", "param")
 
 @dataclass
 class Region:
-    """Consecutive bytes. Those that only one thread block can write have no history."""
+    """Consecutive bytes. What nobody may write has no history."""
 
     name: str
     space: str
@@ -244,14 +244,18 @@ class Memory:
         reads, writes = region.reads[flat], region.writes[flat]
         if not history.is_old(reads):
             self.check(region, flat, reads, history.unordered(reads, threads), line, "write")
+        new = history.record(threads, line, history.ATOMIC if data is None else 0)
         if not history.is_old(writes):
-            races = history.unordered(writes, threads)
+            unordered = history.unordered(writes, threads)
             if data is None:
-                races &= writes & history.ATOMIC == 0
+                races = unordered & (writes & history.ATOMIC == 0)
+                new = np.where(unordered, new | history.BLOCK, new)
             else:  # the same value, as of a flag, is not a race for compute-sanitizer either
-                races &= region.bytes[flat] != data.ravel()
+                races = unordered & (region.bytes[flat] != data.ravel())
             self.check(region, flat, writes, races, line, "write")
-        region.writes[flat] = history.record(threads, line, history.ATOMIC if data is None else 0)
+        region.writes[flat] = new
+        several = region.writes[flat] != new  # threads of this instruction write one byte
+        region.writes[flat[several]] |= history.BLOCK
         if region.is_initialized is not None:
             region.is_initialized[flat] = True
 

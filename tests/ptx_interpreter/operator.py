@@ -60,14 +60,13 @@ class InterpretedStep:
         return dict(zip(addresses, demangle(places), strict=True))
 
     def default(self, *values: Any) -> None:
-        launches: list[Launch] = []
+        launches: list[tuple[int, int, int, bytes]] = []
 
         def record(
             kernel: int, num_blocks: int, num_threads: int, argument: int, num_bytes: int
-        ) -> None:
-            entry = self.entries[self.symbols[kernel]]
+        ) -> None:  # must not raise: its caller is C++
             content = ctypes.string_at(argument, num_bytes)
-            launches.append(Launch(entry, num_blocks, num_threads, content))
+            launches.append((kernel, num_blocks, num_threads, content))
 
         launcher = _LAUNCHER(record)
         self.library.emulation_set_launcher(launcher)
@@ -76,8 +75,9 @@ class InterpretedStep:
         finally:
             self.library.emulation_set_launcher(None)
         regions = list(regions_of(StepArguments(*values)))
-        for launch in launches:  # a GPU runs them later, too
-            self.machine.launch(launch, regions)
+        for kernel, *grid_and_arguments in launches:  # a GPU runs them later, too
+            entry = self.entries[self.symbols[kernel]]
+            self.machine.launch(Launch(entry, *grid_and_arguments), regions)
 
 
 def entries_of(module: Module) -> dict[str, str]:
