@@ -90,8 +90,8 @@ def test_all_kernels(
         Hyperparameters(weight_decay=0.1, alpha=0.3, lr=0.1, stochastic_rounding=True),
         Hyperparameters(stochastic_rounding=True, lr=0.1, seed=2**64 - 1),
         Hyperparameters(density=0.03, window_size=5),  # more entries per slot than one warp sums
-        Hyperparameters(density=0.07, window_size=12),  # more entries than a RegisterBlock holds
-        Hyperparameters(density=0.3, window_size=2, block_size=1024),  # bitmaps
+        Hyperparameters(density=0.07, window_size=3),  # more candidates than can be listed
+        Hyperparameters(density=0.15, window_size=2),  # more entries than a RegisterBlock holds
         Hyperparameters(block_size=120, bucket_size=6),
     ],
     ids=str,

@@ -219,6 +219,8 @@ def test_a_loop_in_which_each_thread_takes_its_own_number_of_turns() -> None:
 
 
 def test_predicates_and_scopes() -> None:
+    constant = "mov.pred %p1, {}; selp.u32 %r1, 1, 0, %p1;"
+    assert run(constant.format(0), 2) + run(constant.format(-1), 2) == [0, 0, 1, 1]
     body = """
       mov.u32 %r1, 0;
       { .reg .pred p; setp.lt.u32 p, %r0, 3; @p add.u32 %r1, %r1, 5; @!p bra $done; }

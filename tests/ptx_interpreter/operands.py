@@ -156,8 +156,10 @@ class Operands:
 def number(text: str, dtype: np.dtype) -> Array:
     """A constant (4.5): an integer, or the bits of a float as in 0f3F800000."""
     float_bytes = {"0f": 4, "0d": 8}.get(text[:2].lower(), 0)
-    if (dtype.itemsize if dtype.kind == "f" else 0) != float_bytes or dtype.kind == "b":
+    if (dtype.itemsize if dtype.kind == "f" else 0) != float_bytes:
         raise PtxError(f"{text} is no {dtype}")
     value = int(text[2:], 16) if float_bytes else int(text.removesuffix("U"), 0)
+    if dtype.kind == "b":
+        return np.array(value != 0)
     bits = np.dtype(f"u{dtype.itemsize}")
     return np.array(value % (1 << 8 * dtype.itemsize), bits).view(dtype)
