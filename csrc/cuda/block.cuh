@@ -414,7 +414,8 @@ class MemoryBlock {
       low = to_float(round_to<BFloat16>(low));
       high = to_float(round_to<BFloat16>(high));
       const float inverse = inverse_unit(quantization_unit(low, high));
-      // This lane's codes replace those of the same elements, which no other lane reads.
+      __syncwarp();  // every lane read the last element's code, which one lane now replaces
+      // This lane's codes replace those of the same elements, which no other lane reads again.
 #pragma unroll 1
       for (int j = lane(); j < half; j += 32) {
         const int i = first + j;

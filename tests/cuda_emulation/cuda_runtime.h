@@ -7,7 +7,8 @@
 // other forever, and collectives that only part of a warp reaches, end the process with a message.
 //
 // This cannot reveal: speed, misaligned memory accesses, races between two barriers that need a
-// finer interleaving than whole threads, or what nvcc makes of the code.
+// finer interleaving than whole threads, or what nvcc makes of the code. For all but speed there is
+// tests/ptx_interpreter, which gets the launches of the same host code.
 #pragma once
 
 #include <ucontext.h>
@@ -82,6 +83,11 @@ inline struct Machine {
   std::minstd_rand random;
   std::function<void()> body;
 } machine;
+
+// If there is one, it gets the launches in place of the emulation.
+using Launcher = void (*)(const void* kernel, unsigned num_blocks, unsigned num_threads,
+                          const void* argument, size_t num_bytes);
+inline Launcher launcher = nullptr;
 
 inline void run_thread() {
   machine.body();
@@ -265,6 +271,11 @@ template <class Argument>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Argument),
                                const Argument& argument) {
   using emulation::machine;
+  if (emulation::launcher != nullptr) {
+    emulation::launcher(reinterpret_cast<const void*>(kernel), config->gridDim.x,
+                        config->blockDim.x, &argument, sizeof(argument));
+    return cudaSuccess;
+  }
   const char* seed = std::getenv("EMULATION_SEED");
   machine.random.seed(seed == nullptr ? 1 : std::atoi(seed));
   machine.block_size = config->blockDim;

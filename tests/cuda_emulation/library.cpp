@@ -4,3 +4,7 @@
 STABLE_TORCH_LIBRARY_IMPL(microadam_emulation, CPU, m) {
   m.impl("step_", TORCH_BOX(&microadam::step_cuda));
 }
+
+extern "C" void emulation_set_launcher(emulation::Launcher launcher) {
+  emulation::launcher = launcher;
+}

@@ -66,8 +66,8 @@ class Run:
     def clone(self) -> Run:
         return Run(
             self.hyper,
-            [p.clone() for p in self.params],
-            [{name: value.clone() for name, value in state.items()} for state in self.states],
+            [copy_of(p) for p in self.params],
+            [{name: copy_of(value) for name, value in state.items()} for state in self.states],
             [t.clone() for t in self.thresholds],
             self.num_skipped_blocks.clone(),
         )
@@ -104,6 +104,12 @@ class Run:
 
     def step_in_plain_torch(self, grads: list[Tensor]) -> None:
         reference.step_(self.arguments(grads))
+
+
+def copy_of(t: Tensor) -> Tensor:
+    """A copy at the same place of its storage, and so as misaligned as ``t``."""
+    storage = t.untyped_storage().clone()
+    return torch.empty_like(t).set_(storage, t.storage_offset(), t.shape, t.stride())
 
 
 def largest_feedback(hyper: Hyperparameters, state: dict[str, Tensor], numel: int) -> Tensor:

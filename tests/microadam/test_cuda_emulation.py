@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,45 +16,16 @@ import torch
 from microadam import reference
 from microadam.self_test import check_kernel
 from tests.microadam.agreement import Hyperparameters, Run, step_and_compare
+from tests.microadam.cuda_source import Emulation
 from tests.microadam.helpers import DTYPES
 from tests.microadam.test_native import KINDS, draw
-
-ROOT = Path(__file__).parents[2]
-EMULATION = ROOT / "tests/cuda_emulation"
-SOURCES = (
-    ROOT / "csrc/cuda/kernel.cu",
-    ROOT / "csrc/cuda/step.cpp",
-    EMULATION / "library.cpp",
-)
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-@pytest.fixture(scope="session")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The operator ``microadam_emulation::step_``, with the schema of ``microadam::step_``."""
-    folder = tmp_path_factory.mktemp("cuda_emulation")
-    torch_folder = Path(torch.__file__).parent
-    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off"]
-    command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes"]
-    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{EMULATION}"]
-    command += ["-isystem", f"{torch_folder}/include"]
-    command += ["-isystem", f"{torch_folder}/include/torch/csrc/api/include"]
-    command += ["-include", f"{EMULATION}/device.h"]
-    objects = [str(folder / f"{source.stem}.o") for source in SOURCES]
-    library = str(folder / "emulation.so")
-    for source, target in zip(SOURCES, objects, strict=True):
-        compile_one = [*command, "-x", "c++", "-c", str(source), "-o", target]
-        subprocess.run(compile_one, check=True, text=True)
-    link = ["g++", "-shared", *objects, f"-L{torch_folder}/lib", "-ltorch_cpu", "-o", library]
-    subprocess.run(link, check=True, text=True)
-
-    schema = str(torch.ops.microadam.step_.default._schema).removeprefix("microadam::")
-    definition = torch.library.Library("microadam_emulation", "DEF")
-    definition.define(schema)
-    torch.ops.load_library(library)
-    yield torch.ops.microadam_emulation.step_
-    del definition
+@pytest.fixture
+def emulation(cuda_emulation: Emulation) -> Any:
+    return cuda_emulation.step_
 
 
 @pytest.fixture

@@ -1,0 +1,50 @@
+"""Builds csrc/cuda without a GPU: for the CPU with g++, and as PTX with nvcc."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+KERNEL = ROOT / "csrc/cuda/kernel.cu"
+EMULATION = ROOT / "tests/cuda_emulation"
+SOURCES = (KERNEL, ROOT / "csrc/cuda/step.cpp", EMULATION / "library.cpp")
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """csrc/cuda, compiled for the CPU: ``step_`` has the schema of ``microadam::step_``."""
+
+    library: Path
+    step_: Any
+
+
+def build_emulation(folder: Path) -> Path:
+    """A library with the operator ``microadam_emulation::step_`` for tensors on the CPU."""
+    torch_folder = Path(torch.__file__).parent
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-ffp-contract=off"]
+    command += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{EMULATION}"]
+    command += ["-isystem", f"{torch_folder}/include"]
+    command += ["-isystem", f"{torch_folder}/include/torch/csrc/api/include"]
+    command += ["-include", f"{EMULATION}/device.h"]
+    objects = [str(folder / f"{source.stem}.o") for source in SOURCES]
+    library = folder / "emulation.so"
+    for source, target in zip(SOURCES, objects, strict=True):
+        compile_one = [*command, "-x", "c++", "-c", str(source), "-o", target]
+        subprocess.run(compile_one, check=True, text=True)
+    link = ["g++", "-shared", *objects, f"-L{torch_folder}/lib", "-ltorch_cpu", "-o", str(library)]
+    subprocess.run(link, check=True, text=True)
+    return library
+
+
+def build_ptx(folder: Path) -> str:
+    """What nvcc makes of the kernels, with the flags of setup.py."""
+    output = folder / "kernel.ptx"
+    command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-arch=compute_90", "-ptx"]
+    subprocess.run([*command, str(KERNEL), "-o", str(output)], check=True, text=True)
+    return output.read_text(encoding="utf-8")
