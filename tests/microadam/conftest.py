@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import torch
 
-from tests.microadam.cuda_source import Emulation, build_emulation
+from tests.microadam.cuda_source import Emulation, loaded_emulation
 
 
 @pytest.fixture
@@ -16,10 +15,5 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def cuda_emulation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulation]:
-    library = build_emulation(tmp_path_factory.mktemp("cuda_emulation"))
-    schema = str(torch.ops.microadam.step_.default._schema).removeprefix("microadam::")
-    definition = torch.library.Library("microadam_emulation", "DEF")
-    definition.define(schema)
-    torch.ops.load_library(str(library))
-    yield Emulation(library, torch.ops.microadam_emulation.step_)
-    del definition
+    with loaded_emulation(tmp_path_factory.mktemp("cuda_emulation")) as emulation:
+        yield emulation

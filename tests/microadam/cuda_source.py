@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,18 @@ def build_emulation(folder: Path) -> Path:
     link = ["g++", "-shared", *objects, f"-L{torch_folder}/lib", "-ltorch_cpu", "-o", str(library)]
     subprocess.run(link, check=True, text=True)
     return library
+
+
+@contextmanager
+def loaded_emulation(folder: Path) -> Iterator[Emulation]:
+    """The emulation, built in a folder, while the block runs."""
+    library = build_emulation(folder)
+    schema = str(torch.ops.microadam.step_.default._schema).removeprefix("microadam::")
+    definition = torch.library.Library("microadam_emulation", "DEF")
+    definition.define(schema)
+    torch.ops.load_library(str(library))
+    yield Emulation(library, torch.ops.microadam_emulation.step_)
+    del definition
 
 
 def build_ptx(folder: Path) -> str:

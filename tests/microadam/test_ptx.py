@@ -24,6 +24,7 @@ from tests.microadam.test_native import KINDS, draw
 from tests.ptx_interpreter.machine import Machine
 from tests.ptx_interpreter.operator import InterpretedStep
 from tests.ptx_interpreter.parser import Module, parse
+from tests.ptx_interpreter.traffic import profile
 
 
 def version_of_nvcc() -> int:
@@ -220,3 +221,24 @@ def test_every_order_of_warps_gives_the_bits_of_the_emulated_source(
         interpreted.default(*arguments[0])
         cuda_emulation.step_.default(*arguments[1])
     assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most_bytes"), [(torch.bfloat16, 7.0), (torch.float32, 10.3)], ids=str
+)
+def test_a_step_moves_each_byte_once_and_no_other(
+    dtype: torch.dtype, most_bytes: float, module: Module, cuda_emulation: Emulation
+) -> None:
+    """Gradient, error feedback, window, and of the weights the sectors that the window touches.
+
+    AdamW moves 14 and 28 bytes per parameter.
+    """
+    found = profile(module, cuda_emulation, dtype, Hyperparameters())
+    assert found.distinct_bytes["grads", "read"] == dtype.itemsize
+    for kind in ("read", "written"):
+        assert found.requested_bytes["error", kind] == found.distinct_bytes["error", kind] == 0.5
+        assert found.distinct_bytes["error_min", kind] == 2 / 64
+        assert found.distinct_bytes["params", kind] < dtype.itemsize
+    assert found.total_bytes <= most_bytes
+    assert found.num_instructions <= 1100
+    assert found.num_wavefronts <= 1.3 * found.num_ideal_wavefronts

@@ -43,13 +43,20 @@ class Machine:
     Args:
         seed: of the order of warps and of atomic operations, and of initial bits.
         by_warps: whether warps take turns, or all threads of a block advance together.
+        memory: what the kernels' accesses go through.
     """
 
-    def __init__(self, module: Module, seed: int = 0, by_warps: bool = True) -> None:
+    def __init__(
+        self,
+        module: Module,
+        seed: int = 0,
+        by_warps: bool = True,
+        memory: Memory | None = None,
+    ) -> None:
         self.module = module
         self.seed = seed
         self.by_warps = by_warps
-        self.memory = Memory()
+        self.memory = Memory() if memory is None else memory
         self.blocks: dict[tuple[str, int], Block] = {}
 
     def launch(self, launch: Launch, regions: Sequence[Region]) -> None:
@@ -75,6 +82,7 @@ class Block:
         pc: index in ``operations`` of what a thread runs next, or `WAITING`.
         resume: where one that waits goes on.
         starts, return_to: of each function; ``return_to`` for each thread.
+        num_instructions: that teams have run so far.
     """
 
     def __init__(
@@ -88,6 +96,7 @@ class Block:
         self.team_size = WARP if by_warps else num_padded
         self.pc, self.resume = (np.zeros(num_padded, np.int64) for _ in range(2))
         self.is_at_barrier, self.has_exited = (np.zeros(num_padded, bool) for _ in range(2))
+        self.num_instructions = 0
         self.operands = Operands(num_threads, num_padded, module, self.entry)
         self.random = np.random.default_rng()
 
@@ -173,6 +182,7 @@ class Block:
         everyone = len(threads) == len(self.numbers)
         while True:
             operation = self.operations[place]
+            self.num_instructions += 1
             place += 1
             active: Threads = slice(None) if everyone else threads
             if operation.guard is not None:
