@@ -39,14 +39,20 @@ struct Entry {
   __device__ float value() const { return high_half(bits); }
 };
 
+// An element whose magnitude, in bits, reaches the threshold.
+struct alignas(8) Candidate {
+  uint32_t magnitude;
+  int index;
+};
+
 struct alignas(16) Selection {
   float accumulators[kRegisterBlock];  // of a RegisterBlock; 0 where an element has been taken
   uint32_t taken[kMaxWords];  // of a MemoryBlock: a bit for each element that has been taken
   // If the list has no room for the candidates: which magnitudes exceed the k-th, and equal it.
+  // Else which elements are taken, and how many come before each word.
   uint32_t above[kMaxWords];
   uint32_t equal[kMaxWords];
-  int indices[kMaxCandidates];          // of the selected elements, then kMaxBlockSize
-  uint64_t candidates[kMaxCandidates];  // then 0
+  Candidate candidates[kMaxCandidates];
 };
 
 struct Moments {
@@ -66,8 +72,6 @@ struct alignas(16) Shared {
   bool is_register_block;  // else a MemoryBlock
   uint32_t num_candidates;
   bool is_finite;
-  float kth;      // magnitude
-  float wanted;   // magnitude that the next step's guess should have
   uint32_t step;  // including this one
   int num_slots;  // of the window that are filled, including this step's
   int newest_slot;

@@ -45,7 +45,11 @@ __device__ float age_weight(const Beta& beta, int age) {
   return age < kNumAges ? beta.ages[age] : static_cast<float>(power(beta, age));
 }
 
-// Computed by a warp that usually has no candidate to rank.
+__device__ int newest_slot(const Settings& s, uint32_t step) {
+  return static_cast<int>((step - 1) % static_cast<uint32_t>(s.window_size));
+}
+
+// Computed by a warp that does not select.
 __device__ void compute_scalars(const Settings& s, uint32_t step, Shared& shared) {
   const int thread = kThreads - 1 - rotated_thread();
   if (thread > 2) return;
@@ -54,10 +58,9 @@ __device__ void compute_scalars(const Settings& s, uint32_t step, Shared& shared
     const float factor = static_cast<float>(beta.complement / (1.0 - power(beta, step)));
     (thread == 0 ? shared.factors.first : shared.factors.second) = factor;
   } else {
-    const uint32_t window_size = static_cast<uint32_t>(s.window_size);
     shared.step = step;
-    shared.num_slots = static_cast<int>(min(step, window_size));
-    shared.newest_slot = static_cast<int>((step - 1) % window_size);
+    shared.num_slots = static_cast<int>(min(step, static_cast<uint32_t>(s.window_size)));
+    shared.newest_slot = newest_slot(s, step);
     const double lr = s.lr_tensor.value == nullptr ? s.lr : value_of(s.lr_tensor);
     shared.factors.lr = static_cast<float>(lr);
     shared.factors.eps = s.eps;
@@ -201,7 +204,7 @@ __device__ void step_block(const Block& block, Shared& shared) {
   compute_scalars(s, step, shared);
   const bool is_finite =
       select(elements, block, probe, shared, [&](int position, int index, float value) {
-        elements.set_entry(shared.newest_slot * block.k + position, static_cast<int16_t>(index),
+        elements.set_entry(newest_slot(s, step) * block.k + position, static_cast<int16_t>(index),
                            round_to<BFloat16>(value));
       });
   if (!is_finite) {
@@ -241,8 +244,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm)
   __shared__ Shared shared;
   const Settings& s = launch.settings;
   if (is_set(s.found_inf)) return;
-  clear_candidates(shared);
   if (rotated_thread() == 0) {
+    clear_candidates(shared);
     shared.parameter = parameter_of(launch, blockIdx.x);
     const Parameter& p = launch.parameters[shared.parameter];
     const Block block = Block::of(s, p, blockIdx.x - static_cast<uint32_t>(p.first_block));

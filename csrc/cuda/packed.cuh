@@ -62,27 +62,6 @@ __device__ uint32_t shift_in_codes(float low, float high, uint32_t codes) {
 #endif
 }
 
-// ++count where a > b. The compiler turns the C++ into a selection and an addition.
-__device__ void count_if_greater(int& count, uint64_t a, uint64_t b) {
-#if defined(__CUDA_ARCH__)
-  asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.s32 %0, %0, 1; }"
-      : "+r"(count)
-      : "l"(a), "l"(b));
-#else
-  count += a > b;
-#endif
-}
-
-__device__ void count_if_greater(int& count, int a, int b) {
-#if defined(__CUDA_ARCH__)
-  asm("{ .reg .pred p; setp.gt.s32 p, %1, %2; @p add.s32 %0, %0, 1; }"
-      : "+r"(count)
-      : "r"(a), "r"(b));
-#else
-  count += a > b;
-#endif
-}
-
 // Four codes, one in the low half of each byte, times the unit.
 __device__ void multiply_codes(uint32_t codes, float unit, float (&out)[4]) {
   // The code goes into the low mantissa bits of the bfloat16 128.0, which gives 128 + code without

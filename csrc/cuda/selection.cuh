@@ -17,15 +17,23 @@ __device__ int sum_over_block(int value, uint32_t* partial_sums) {
   return static_cast<int>(total);
 }
 
-// To be called before each list.
+// The sum over the lanes up to this one.
+__device__ uint32_t sum_up_to_lane(uint32_t value) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const uint32_t other = __shfl_up_sync(kAllLanes, value, distance);
+    if (lane() >= distance) value += other;
+  }
+  return value;
+}
+
+// To be called by one thread before each list.
 __device__ void clear_candidates(Shared& shared) {
-  shared.selection.candidates[threadIdx.x] = 0;
-  shared.selection.indices[threadIdx.x] = kMaxBlockSize;
-  if (threadIdx.x == 0) shared.num_candidates = 0, shared.is_finite = true;
+  shared.num_candidates = 0;
+  shared.is_finite = true;
 }
 
 // Counts the elements that reach `probe` and lists as many as there is room for, in any order.
-// Candidates are ordered as they are to be selected: the greater one first.
 template <class Elements>
 __device__ void list_candidates(const Elements& elements, uint32_t probe, Shared& shared) {
   const int own_count = elements.count_reaching(probe);
@@ -33,65 +41,146 @@ __device__ void list_candidates(const Elements& elements, uint32_t probe, Shared
   uint32_t position = atomicAdd(&shared.num_candidates, static_cast<uint32_t>(own_count));
   elements.for_each_reaching(probe, [&](int index, uint32_t magnitude) {
     if (position < kMaxCandidates) {
-      shared.selection.candidates[position] =
-          uint64_t{magnitude} << 32 | static_cast<uint32_t>(kMaxBlockSize - index);
+      shared.selection.candidates[position] = {magnitude, index};
     }
     ++position;
   });
 }
 
-// From a list of k candidates or more: takes the k largest, calls emit(position, index, value) for
-// each, and leaves a guess for the next step. Returns false if one is not finite; the parameter and
-// its state are then untouched.
-template <class Elements, class Emit>
-__device__ bool take_candidates(Elements& elements, const Block& block, int count, Shared& shared,
-                                Emit emit) {
+// How many candidates fulfil a condition; their number must be a multiple of 64.
+template <class Condition>
+__device__ int count_candidates(const Candidate* candidates, int num_candidates,
+                                Condition condition) {
+  int count = 0;
+#pragma unroll 1
+  for (int i = lane(); i < num_candidates; i += 64) {
+    const bool first = condition(candidates[i]), second = condition(candidates[i + 32]);
+    count += __popc(__ballot_sync(kAllLanes, first)) + __popc(__ballot_sync(kAllLanes, second));
+  }
+  return count;
+}
+
+// The greatest value that `num_wanted` or more candidates reach, or one that exactly as many reach.
+// At least as many must reach `low`, and fewer `high`.
+template <class Count>
+__device__ uint32_t bisect(int num_wanted, uint32_t low, uint32_t high, Count count_reaching) {
+  if (count_reaching(low) == num_wanted) return low;
+  while (high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    const int count = count_reaching(middle);
+    if (count == num_wanted) return middle;
+    (count < num_wanted ? high : low) = middle;
+  }
+  return low;
+}
+
+// Which candidates are taken: those that exceed a magnitude and, of those that equal it, the ones
+// up to an index.
+struct Cut {
+  uint32_t magnitude;
+  int last_index;
+
+  __device__ bool takes(Candidate c) const {
+    return c.magnitude > magnitude || (c.magnitude == magnitude && c.index <= last_index);
+  }
+};
+
+// The cut that takes k candidates, whose magnitudes are between `smallest` and `largest`.
+__device__ Cut cut_to(int k, const Candidate* candidates, int num_candidates, uint32_t smallest,
+                      uint32_t largest) {
+  const auto count_reaching = [&](uint32_t probe) {
+    return count_candidates(candidates, num_candidates,
+                            [&](Candidate c) { return c.magnitude >= probe; });
+  };
+  Cut cut = {bisect(k, smallest, largest + 1, count_reaching), kMaxBlockSize};
+  if (count_reaching(cut.magnitude) > k) {
+    const int num_equal_to_take = k - count_reaching(cut.magnitude + 1);
+    cut.last_index -= bisect(num_equal_to_take, 1, kMaxBlockSize + 1, [&](int probe) {
+      return count_candidates(candidates, num_candidates, [&](Candidate c) {
+        return c.magnitude == cut.magnitude && kMaxBlockSize - c.index >= probe;
+      });
+    });
+  }
+  return cut;
+}
+
+// The number of bits in the words before each; both arrays have room for a multiple of 128 words.
+__device__ void count_bits_before(const uint32_t* bitmap, int num_words, uint32_t* num_before) {
+  uint32_t before = 0;
+#pragma unroll 1
+  for (int w = 4 * lane(); w - 4 * lane() < num_words; w += 128) {
+    const uint4 words = *reinterpret_cast<const uint4*>(bitmap + w);
+    const uint32_t x = __popc(words.x), y = x + __popc(words.y), z = y + __popc(words.z);
+    const uint32_t own = z + __popc(words.w), up_to = sum_up_to_lane(own);
+    const uint32_t begin = before + up_to - own;
+    *reinterpret_cast<uint4*>(num_before + w) = {begin, begin + x, begin + y, begin + z};
+    before += __shfl_sync(kAllLanes, up_to, 31);
+  }
+}
+
+// A magnitude that a few more than k of the next step's elements should reach: on the line from the
+// k-th of `count` magnitudes to the smallest of them, or beyond.
+__device__ float next_guess(const Block& block, int count, float kth, float smallest) {
   const int k = block.k;
-  Selection& selection = shared.selection;
-  const int own = rotated_thread();
-  int rank = count, index = 0, num_wanted = 0;
-  float value = 0.0f;
-  if (own < count) {
-    const uint64_t candidate = selection.candidates[own];
-    rank = 0;
+  const int num_wanted = min(block.length, k + 3 * static_cast<int>(sqrtf(float(k))) + 1);
+  const float slope = (kth - smallest) / static_cast<float>(count - k + 1);
+  float rise = slope * static_cast<float>(count - num_wanted);
+  if (rise > 0.0f) rise *= 0.8f;  // magnitudes lie the closer together, the smaller they are
+  return fmaxf(0.5f * smallest, smallest + rise);
+}
+
+// From a list of k candidates or more: one warp takes the k largest, calls emit(position, index,
+// value) for each, and leaves a guess for the next step; unless one is not finite.
+template <class Elements, class Emit>
+__device__ void take_candidates(Elements& elements, const Block& block, int count, Shared& shared,
+                                Emit emit) {
+  Candidate* const candidates = shared.selection.candidates;
+  uint32_t smallest = ~0u, largest = 0;
 #pragma unroll 1
-    for (int i = 0; i < count; i += 4) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) count_if_greater(rank, selection.candidates[i + j], candidate);
-    }
-    const float magnitude = float_of(static_cast<uint32_t>(candidate >> 32));
-    if (!(magnitude < kMaxMagnitude)) shared.is_finite = false;
-    num_wanted = min(block.length, k + 3 * static_cast<int>(sqrtf(float(k))) + 1);
-    if (rank == k - 1) shared.kth = magnitude;
-    if (rank == min(count, num_wanted) - 1) shared.wanted = magnitude;
-    if (rank < k) {
-      index = kMaxBlockSize - static_cast<int>(candidate & 0xffffu);
-      value = elements.take(index);
-      selection.indices[rank] = index;
-    }
+  for (int i = lane(); i < count; i += 32) {
+    smallest = min(smallest, candidates[i].magnitude);
+    largest = max(largest, candidates[i].magnitude);
   }
-  __syncthreads();
-  if (!shared.is_finite) return false;
-  if (rank < k) {
-    int position = 0;
+  smallest = __reduce_min_sync(kAllLanes, smallest);
+  largest = __reduce_max_sync(kAllLanes, largest);
+  if (largest >= bits_of(kMaxMagnitude)) {
+    if (lane() == 0) shared.is_finite = false;
+    return;
+  }
+  const int num_rounded = (count + 63) / 64 * 64;
 #pragma unroll 1
-    for (int i = 0; i < k; i += 4) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) count_if_greater(position, index, selection.indices[i + j]);
-    }
-    emit(position, index, value);
+  for (int i = count + lane(); i < num_rounded; i += 32) candidates[i] = {0, 0};  // never taken
+  __syncwarp();
+  const Cut cut = cut_to(block.k, candidates, num_rounded, smallest, largest);
+
+  // Positions are in the order of indices: a bitmap of what is taken gives them.
+  uint32_t* const bitmap = shared.selection.above;
+  uint32_t* const num_before = shared.selection.equal;
+  const int num_words = (elements.length() + 31) / 32;
+#pragma unroll 1
+  for (int w = 4 * lane(); w - 4 * lane() < num_words; w += 128) {
+    *reinterpret_cast<uint4*>(bitmap + w) = {0, 0, 0, 0};
   }
-  if (own == 0) {
-    float threshold = shared.wanted;
-    if (count < num_wanted) {
-      // Continue the line from the k-th magnitude to the smallest candidate.
-      const float slope = (shared.kth - threshold) / static_cast<float>(count - k + 1);
-      threshold =
-          fmaxf(0.5f * threshold, threshold - slope * static_cast<float>(num_wanted - count));
-    }
-    *block.threshold() = threshold;
+  __syncwarp();
+#pragma unroll 1
+  for (int i = lane(); i < count; i += 32) {
+    const Candidate c = candidates[i];
+    if (cut.takes(c)) atomicOr(&bitmap[c.index / 32], 1u << (c.index % 32));
   }
-  return true;
+  __syncwarp();
+  count_bits_before(bitmap, num_words, num_before);
+  __syncwarp();
+#pragma unroll 1
+  for (int i = lane(); i < count; i += 32) {
+    const Candidate c = candidates[i];
+    if (!cut.takes(c)) continue;
+    const uint32_t bits_before = bitmap[c.index / 32] & ((1u << (c.index % 32)) - 1);
+    const int position = static_cast<int>(num_before[c.index / 32]) + __popc(bits_before);
+    emit(position, c.index, elements.take(c.index));
+  }
+  if (lane() == 0) {
+    *block.threshold() = next_guess(block, count, float_of(cut.magnitude), float_of(smallest));
+  }
 }
 
 // The same for when the list has no room: too many elements equal the k-th, or k is too large.
@@ -121,12 +210,7 @@ __device__ void take_by_bitmaps(Elements& elements, const Block& block, uint32_t
   for (int w = begin; w < end; ++w) {
     own += __popc(selection.above[w]) + (static_cast<uint32_t>(__popc(selection.equal[w])) << 16);
   }
-  uint32_t before = own;  // the sum over this thread and those before it in the warp
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const uint32_t other = __shfl_up_sync(kAllLanes, before, distance);
-    if (lane() >= distance) before += other;
-  }
+  uint32_t before = sum_up_to_lane(own);
   uint32_t* partial_sums = shared.partial_sums[0];
   if (lane() == 31) partial_sums[warp()] = before;
   before -= own;
@@ -184,12 +268,14 @@ __device__ bool select(Elements& elements, const Block& block, uint32_t probe, S
       probe = low + (high - low) / 2;
       count = sum_over_block(elements.count_reaching(probe), shared.partial_sums[round % 2]);
     }
-    clear_candidates(shared);
+    if (threadIdx.x == 0) clear_candidates(shared);
     __syncthreads();
     list_candidates(elements, probe, shared);
     __syncthreads();
   }
-  return take_candidates(elements, block, count, shared, emit);
+  if (rotated_thread() < 32) take_candidates(elements, block, count, shared, emit);
+  __syncthreads();
+  return shared.is_finite;
 }
 
 }  // namespace

@@ -213,6 +213,11 @@ uint32_t emulated_reduce(unsigned mask, uint32_t value, const void* caller, Comb
 }
 #define __reduce_add_sync(mask, value) \
   emulated_reduce(mask, value, EMULATED_HERE, [](uint32_t a, uint32_t b) { return a + b; })
+#define __reduce_min_sync(mask, value) \
+  emulated_reduce(mask, value, EMULATED_HERE, [](uint32_t a, uint32_t b) { return std::min(a, b); })
+#define __reduce_max_sync(mask, value) \
+  emulated_reduce(mask, value, EMULATED_HERE, [](uint32_t a, uint32_t b) { return std::max(a, b); })
+#define __shfl_sync(mask, value, source) emulated_shuffle(mask, value, source, EMULATED_HERE)
 #define __ballot_sync(mask, predicate) emulated_ballot(mask, predicate, EMULATED_HERE)
 inline uint32_t emulated_ballot(unsigned mask, bool predicate, const void* caller) {
   const uint64_t* values = emulation::meet_warp(mask, predicate, caller);

@@ -74,6 +74,8 @@ KINDS = {
     "huge": lambda g: g * 1e34,
     "square overflows": lambda g: g * 1e19,
     "ties": lambda g: g.sign(),
+    # So large that the error feedback does not tell them apart, and twice as many as are taken.
+    "equal outliers": lambda g: torch.where(torch.arange(g.numel()) % 50 == 7, 1e9 * g.sign(), g),
     "few levels": lambda g: g.round(),
     "zero": lambda g: g * 0.0,
     "sparse": lambda g: g * (g > 2),

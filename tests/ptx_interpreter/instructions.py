@@ -392,10 +392,16 @@ def vote(block: Block, _: Function, i: Instruction, modifiers: str) -> Operation
 
 @family("redux")
 def reduce(block: Block, _: Function, i: Instruction, modifiers: str) -> Operation:
-    known(modifiers == "sync.add.u32")
+    combine = {
+        "sync.add.u32": np.add.reduce,
+        "sync.min.u32": np.minimum.reduce,
+        "sync.max.u32": np.maximum.reduce,
+    }.get(modifiers)
+    if combine is None:
+        raise PtxError("unknown modifiers")
     target, value, mask = (block.operands.values(operand, "u32") for operand in i.operands)
 
     def run(threads: Threads) -> None:
-        target[threads] = np.sum(value[threads], dtype=np.uint32)
+        target[threads] = combine(value[threads], dtype=np.uint32)
 
     return Operation(i.line, run, mask=mask)

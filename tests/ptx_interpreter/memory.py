@@ -99,13 +99,28 @@ class History:
         """Whether none of them can be unordered."""
         return not len(records) or bool(records.max() < self.launch_start << self.TIME)
 
-    def after_reads(self, old: Indices, new: Indices, threads: Indices) -> Indices:
-        """What stands for earlier reads, of which no barrier separates this one, and this one."""
+    def merged(self, old: Indices, new: Indices, threads: Indices) -> Indices:
+        """What stands for these accesses and for earlier ones that no barrier separates from them.
+
+        They are all reads, or all atomic operations.
+        """
         unordered = self.unordered(old, threads)
         same_warp = (old & self.BLOCK == 0) & ((old & self.THREAD) // 32 == threads // 32)
         merged = np.where(same_warp, new & ~31 | self.WARP, new | self.BLOCK)
         in_other_block = unordered & (old >> self.TIME < self.block_start)
         return np.where(in_other_block, old, np.where(unordered, merged, new))
+
+    def store(self, records: Indices, places: Indices, new: Indices, threads: Indices) -> None:
+        """Stores a record for each place; one stands for all threads that access the same byte."""
+        records[places] = new
+        kept = records[places]
+        is_shared = kept != new
+        if is_shared.any():
+            in_one_warp = (kept & self.THREAD) // 32 == threads // 32
+            of_warp = is_shared & in_one_warp & (kept & self.BLOCK == 0)
+            records[places[of_warp]] = new[of_warp] & ~31 | self.WARP
+            of_block = is_shared & ~of_warp
+            records[places[of_block]] = new[of_block] | self.BLOCK
 
 
 class Memory:
@@ -217,16 +232,8 @@ class Memory:
         new = history.record(threads, line)
         old = region.reads[places]
         if not history.is_old(old):
-            new = history.after_reads(old, new, threads)
-        region.reads[places] = new
-        kept = region.reads[places]
-        shared = kept != new  # several threads of this instruction read one byte
-        if shared.any():
-            others = kept & history.THREAD
-            one_warp = shared & (others // 32 == threads // 32) & (kept & history.BLOCK == 0)
-            region.reads[places[one_warp]] = new[one_warp] & ~31 | history.WARP
-            several = shared & ~one_warp
-            region.reads[places[several]] = new[several] | history.BLOCK
+            new = history.merged(old, new, threads)
+        history.store(region.reads, places, new, threads)
 
     def note_writes(
         self,
@@ -249,13 +256,11 @@ class Memory:
             unordered = history.unordered(writes, threads)
             if data is None:
                 races = unordered & (writes & history.ATOMIC == 0)
-                new = np.where(unordered, new | history.BLOCK, new)
+                new = history.merged(writes, new, threads)
             else:  # the same value, as of a flag, is not a race for compute-sanitizer either
                 races = unordered & (region.bytes[flat] != data.ravel())
             self.check(region, flat, writes, races, line, "write")
-        region.writes[flat] = new
-        several = region.writes[flat] != new  # threads of this instruction write one byte
-        region.writes[flat[several]] |= history.BLOCK
+        history.store(region.writes, flat, new, threads)
         if region.is_initialized is not None:
             region.is_initialized[flat] = True
 

@@ -223,7 +223,9 @@ class _Parser:
         elif self.take_if("}"):
             self.scopes.pop()
         elif self.take_if(".pragma"):
-            self.take('"nounroll"')
+            hint = self.take()  # to ptxas; changes no result
+            if not hint.startswith(('"nounroll"', '"used_bytes_mask ')):
+                raise self.error(f"unknown pragma {hint}")
             self.take(";")
         elif token in (".reg", ".param"):
             self.take()
