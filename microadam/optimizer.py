@@ -55,7 +55,7 @@ class MicroAdam(Optimizer):
             whereas AdamW has 0.01.
         alpha: share of the error feedback ``e`` that is applied instead of being kept for the next
             step, ``p -= lr * alpha * e`` and then ``e *= 1 - alpha``; at least 0 and less than 1.
-            Unless it is 0, the update is dense, for training from scratch: an option of the
+            Unless it is 0, every element moves, which takes longer: an option of the
             authors' code, not of the paper.
         window_size: sparse gradients kept (paper: m).
         density: share of every block that each step keeps (paper: k/d).
