@@ -95,7 +95,8 @@ class DatasetConfig:
     source: str = "auto"
     hub_id: str | None = MISSING  # None: not on any hub
     hub_config: str | None = None
-    revision: str | None = None  # commit, branch or tag on the hub; None: the newest at first use
+    # Commit, branch or tag on the hub; None: the main branch. A branch is kept as of first use.
+    revision: str | None = None
     splits: list[str] = MISSING
     columns: dict[str, str] = MISSING  # the type of each: str | int | list | dict | image
     size: int | None = None  # rows of the hub's training split; None: not for training

@@ -162,8 +162,8 @@ def _train_and_evaluate(
     config, task = setup.config, setup.task
     before = _evaluation_before(setup, run, log)
     num_steps, totals = training.train(setup, run, checkpoint, log, signals)
-    steps = distributed.from_rank_0(lambda: [m for m in run.metrics() if "train/loss" in m])
-    losses = [m["train/loss"] for m in steps]
+    lines = distributed.from_rank_0(run.metrics)
+    losses = [m["train/loss"] for m in lines if "train/loss" in m]
     has_diverged = not math.isfinite(losses[-1])
     after = {} if has_diverged else setup.evaluate()
     if not has_diverged and "eval/loss" not in after:  # the last update broke the weights
@@ -211,7 +211,9 @@ def _train_and_evaluate(
         },
         "curve": _curve(finite_losses),
         "evaluations": [
-            {"step": m["step"], **_evaluated(m)} for m in steps if "time/evaluation_s" in m
+            {"step": m["step"], **_evaluated(m)}
+            for m in lines
+            if m["step"] > 0 and "time/evaluation_s" in m
         ],
         "hardware": setup.hardware.describe(),
         "config": without_places(config),

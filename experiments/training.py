@@ -128,14 +128,15 @@ def train(
     with bar, interruption.deferred():
         batches_of_steps = task.steps(order, num_done, last_step)
         for step in range(num_done, last_step):
+            if _is_evaluated(config, step):  # a checkpoint was written
+                with interruption.at_once():
+                    log({"step": step, "num_steps": last_step, **_evaluate(setup, step, totals)})
             # A step's randomness depends on these alone, so checkpoints need no generator state.
             torch.manual_seed(((config.seed * 1_000_003 + step) * 1_009 + rank) % 2**63)
             metrics = _step(setup, release, batches_of_steps, totals)
             schedule.step()
             num_done = step + 1
             metrics |= {"step": num_done, "num_steps": last_step}
-            if _is_evaluated(config, num_done, last_step):
-                metrics |= _evaluate(setup, num_done, totals)
             log(metrics)
             if not math.isfinite(metrics["train/loss"]):
                 if rank == 0:
@@ -156,6 +157,7 @@ def train(
                 num_done % training.checkpoint_every_steps == 0
                 or num_done == last_step
                 or num_signals
+                or _is_evaluated(config, num_done)
             ):
                 save_checkpoint(num_done)
             if num_signals:
@@ -213,10 +215,10 @@ def _step(
     }
 
 
-def _is_evaluated(config: RunConfig, step: int, last_step: int) -> bool:
-    """Whether the model is evaluated after this step; after the last one the runner does it."""
+def _is_evaluated(config: RunConfig, num_done: int) -> bool:
+    """Whether the model is evaluated after so many steps, if another one follows."""
     every = config.evaluation.every_steps
-    return every is not None and step % every == 0 and step != last_step
+    return every is not None and num_done > 0 and num_done % every == 0
 
 
 def _evaluate(setup: Setup, step: int, totals: Totals) -> dict[str, Any]:
@@ -224,7 +226,8 @@ def _evaluate(setup: Setup, step: int, totals: Totals) -> dict[str, Any]:
     metrics = setup.evaluate()
     totals.evaluation_s += metrics["time/evaluation_s"]
     setup.hardware.forget_peak()  # which is to be that of training
-    scores = [f"held-out loss {number(metrics, 'eval/loss')}", headline(metrics)]
+    loss = number(metrics, "eval/loss") or "not finite"
+    scores = [f"held-out loss {loss}", headline(metrics)]
     if distributed.rank() == 0:
         tqdm.write(f"step {step}: {', '.join(filter(None, scores))}")
     return metrics

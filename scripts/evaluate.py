@@ -26,7 +26,9 @@ from experiments.report.records import Record
 from experiments.runs.reading import read_record
 from run import by_key, compose
 
+# What may differ from the run, and what stands in for rules of training that do not matter here.
 _MAY_DIFFER = ("evaluation.", "hardware.", "dataset.path.", "dataset.root.")
+_WITHOUT_TRAINING = ("training.gradient_release=false", "hardware.micro_batch_size=1")
 
 
 def composed(folder: Path, record: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
@@ -39,8 +41,8 @@ def composed(folder: Path, record: dict[str, Any], overrides: Sequence[str]) -> 
     of_run = shlex.split(record["command"])[2:]  # without python run.py
     if not Record(folder.name, record).is_run_of(dataclasses.asdict(compose(*of_run))):
         raise ExperimentError(
-            f"{folder}: {record['command']} composes another run today; evaluate it with the "
-            f"commit that made it ({record['git_commit']})"
+            f"{folder}: its command, {record['command']}, composes another run today, as configs "
+            f"have changed; git checkout {record['git_commit']} -- configs brings them back"
         )
     changes = by_key(overrides)
     for key, override in changes.items():
@@ -49,9 +51,22 @@ def composed(folder: Path, record: dict[str, Any], overrides: Sequence[str]) -> 
                 f"{override}: the model is trained; only evaluation, hardware, dataset.path and "
                 "dataset.root can differ"
             )
-    config = compose(*{**by_key(of_run), **changes}.values())
+    config = compose(*{**by_key(of_run), **by_key(_WITHOUT_TRAINING), **changes}.values())
+    data = config.dataset.path
+    require(
+        data is None or Path(data).is_dir(),
+        "dataset.path",
+        data,
+        "the run had it, but there is no such folder here; give it again with dataset.path=FOLDER",
+    )
     model = folder / "model"
-    require(model.is_dir(), "run", folder, "its model was not kept; train with save_model=true")
+    require(
+        model.is_dir(),
+        "run",
+        folder,
+        f"its model was not kept; {record['command']} training.save_model=true force=true trains "
+        "it again",
+    )
     config.model = dataclasses.replace(
         config.model,
         path=str(model),
@@ -60,7 +75,7 @@ def composed(folder: Path, record: dict[str, Any], overrides: Sequence[str]) -> 
         package=None,
         revision=None,
     )
-    config.hardware.parallel = "ddp"  # in this one process, all of it
+    config.hardware.parallel = "ddp"  # this one process has all of the model
     return config
 
 

@@ -122,7 +122,8 @@ __device__ void count_bits_before(const uint32_t* bitmap, int num_words, uint32_
 // k-th of `count` magnitudes to the smallest of them, or beyond.
 __device__ float next_guess(const Block& block, int count, float kth, float smallest) {
   const int k = block.k;
-  const int num_wanted = min(block.length, k + 3 * static_cast<int>(sqrtf(float(k))) + 1);
+  const int most = min(block.length, (k + kMaxCandidates) / 2);  // that the list has room for
+  const int num_wanted = min(most, k + 3 * static_cast<int>(sqrtf(float(k))) + 1);
   const float slope = (kth - smallest) / static_cast<float>(count - k + 1);
   float rise = slope * static_cast<float>(count - num_wanted);
   if (rise > 0.0f) rise *= 0.8f;  // magnitudes lie the closer together, the smaller they are

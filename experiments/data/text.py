@@ -104,8 +104,8 @@ def _find(config: DatasetConfig) -> tuple[str, Path]:
 
 
 def _exported_from_hub(hub_id: str, hub_config: str | None, revision: str | None) -> Path:
-    given = (hub_id, hub_config, revision)
-    name = "-".join(part.replace("/", "--") for part in given if part is not None)
+    name = "-".join([hub_id, *filter(None, [hub_config])])
+    name = (name if revision is None else f"{name}@{revision}").replace("/", "--")
     folder = hub.cache_dir() / "datasets" / name
     if not folder.exists():
         loaded = hub.load_dataset(hub_id, hub_config, revision)

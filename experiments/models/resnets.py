@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,11 @@ def load_weights(model: ResNet, folder: Path) -> None:
         ExperimentError: it is not there, or is another architecture's.
     """
     file = folder / WEIGHTS
-    require(file.is_file(), "model.path", folder, f"there is no {WEIGHTS} in it")
+    is_archive = file.is_file() and zipfile.is_zipfile(file)
+    require(is_archive, "model.path", folder, f"there is no {WEIGHTS} in it, as a run saves one")
     try:
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, TypeError, pickle.UnpicklingError) as error:
         raise ExperimentError(
             f"model.path={folder}: its weights do not fit model and dataset ({reason(error)})"
         ) from error

@@ -133,9 +133,15 @@ class RunFolder:
         return reading.read_lines(self._metrics)
 
     def rewind_metrics(self, step: int) -> None:
-        """Drops what a run resumed after ``step`` repeats: later steps and the final evaluation."""
-        kept = [m for m in self.metrics() if m["step"] <= step]
-        kept = [m for m in kept if m["step"] == 0 or "train/loss" in m]
+        """Drops what a run resumed after ``step`` repeats: later steps, and evaluations from it on.
+
+        The evaluation of the untrained model is not repeated.
+        """
+        kept = [
+            m
+            for m in self.metrics()
+            if m["step"] < max(step, 1) or (m["step"] == step and "train/loss" in m)
+        ]
         atomic.write_text(self._metrics, "".join(json.dumps(m) + "\n" for m in kept))
 
     def finish(self, record: dict[str, Any]) -> None:

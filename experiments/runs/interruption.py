@@ -1,7 +1,8 @@
 """Ctrl-C, and the SIGTERM and SIGUSR1 that a cluster sends before it takes the machine away.
 
 During training they take effect after the current step, once a checkpoint is written; a second
-Ctrl-C does not wait. At other times nothing would be lost, so they end the process at once. After
+Ctrl-C does not wait. At other times, as in an evaluation between steps, nothing would be lost, so
+they end the process at once. After
 the cluster's signals it exits with `EXIT_CODE`, which a batch script reads as "queue me again".
 """
 
@@ -52,6 +53,17 @@ class Interruption:
             yield
         finally:
             self._waits = False
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within `deferred`: while this block runs, a signal ends the process, as outside."""
+        self._waits = False
+        if self.signal_name is not None:  # it came just before
+            self.exit("nothing is lost")
+        try:
+            yield
+        finally:
+            self._waits = True
 
     def exit(self, what_was_kept: str) -> None:
         """Ends the process.

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from experiments import hardware
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
 from experiments.runner import execute
 from experiments.runs.folder import RunFolder
+from experiments.tasks.causal_lm import CausalLM
 from scripts.evaluate import evaluate, main
 from tests.experiments.helpers import (
     BRIEF,
@@ -70,6 +74,44 @@ def test_its_evaluations_outlive_an_interruption(
     assert outcome(config) == resumed
     assert _record(config)["evaluations"] == evaluations
     assert [evaluation["step"] for evaluation in evaluations] == [3, 6]
+
+
+def test_a_signal_ends_an_evaluation_between_steps_at_once(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It went on for minutes, and the step before it had no checkpoint."""
+    overrides = (*SHORT, "evaluation.before_training=false", "evaluation.every_steps=3")
+    config = composed(*overrides)
+
+    def stop(_: CausalLM) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the evaluation went on")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CausalLM, "evaluate", stop)
+        with pytest.raises(SystemExit) as ended:
+            execute(config)
+    assert ended.value.code == 75
+    assert [m["step"] for m in RunFolder(config).metrics()] == [1, 2, 3]
+    execute(config)  # evaluates step 3 before it goes on
+    resumed, evaluations = outcome(config), _record(config)["evaluations"]
+    execute(dataclasses.replace(config, force=True))
+    assert outcome(config) == resumed
+    assert _record(config)["evaluations"] == evaluations
+    assert [evaluation["step"] for evaluation in evaluations] == [3, 6]
+
+
+def test_broken_weights_are_not_evaluated_as_a_run_trains(
+    composed: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first step breaks them, and the second has no finite loss."""
+    overrides = ("task=mnli", "scale=smoke", "hardware=cpu", "optimizer=sgd", "optimizer.lr=1e30")
+    overrides += ("training.max_grad_norm=null", "training.warmup_steps=0")
+    config = composed(*overrides, "evaluation.every_steps=1", "evaluation.limit=10")
+    execute(config)
+    assert _record(config)["status"] == "diverged"
+    assert [evaluation["step"] for evaluation in _record(config)["evaluations"]] == [1]
+    assert "step 1: held-out loss not finite" in capsys.readouterr().out
 
 
 def test_peak_memory_is_not_that_of_an_evaluation_between_steps(
@@ -135,6 +177,34 @@ def test_models_of_other_tasks_are_evaluated(
     assert without_clocks(result["metrics"]) == own
 
 
+def test_rules_of_training_do_not_matter(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With released gradients a small micro-batch needs activation checkpointing."""
+    monkeypatch.chdir(ROOT)
+    overrides = [*BRIEF, "training.save_model=true", "training.gradient_release=true"]
+    overrides += ["training.max_grad_norm=null", "hardware=a100_80gb"]
+    overrides += ["hardware.device=cpu", "hardware.precision=fp32"]
+    config = composed(*(o for o in overrides if o != "hardware=cpu"))
+    execute(config, [o for o in overrides if o != "hardware=cpu"])
+    evaluate(RunFolder(config).path, ["hardware=cpu"])
+
+
+@pytest.mark.parametrize("content", ["nothing", "text", "a list"])
+def test_a_broken_model_of_an_image_task_is_one_sentence(
+    content: str, composed: Compose, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.pt"
+    if content == "a list":
+        torch.save([1], file)
+    else:
+        file.write_text("" if content == "nothing" else "weights")
+    weights = ("model.weights=pretrained", f"model.path={tmp_path}")
+    config = composed("task=imagenet", "scale=smoke", "hardware=cpu", *weights)
+    with pytest.raises(ExperimentError, match=r"model\.path=.*(no model\.pt|do not fit)"):
+        execute(config)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -163,7 +233,7 @@ def test_a_run_without_its_model_or_its_end_is_refused(
     config = composed(*BRIEF, "training.save_model=false")
     execute(config, [*BRIEF, "training.save_model=false"])
     for folder, message in (
-        (RunFolder(config).path, "its model was not kept; train with save_model=true"),
+        (RunFolder(config).path, "its model was not kept; python run.py scale=smoke"),
         (tmp_path, "not a finished run; python -m experiments.status"),
     ):
         with pytest.raises(SystemExit) as ended:

@@ -155,7 +155,7 @@ def test_the_stem_is_a_choice(composed: Compose) -> None:
         ({"architecture": {"block": "big", "layers": [1] * 4}}, r"block=big: choose one of basic"),
         ({"architecture": {"block": "basic", "layers": [1]}}, r"layers=\[1\]: must be 4 numbers"),
         (
-            {"weights": "pretrained", "path": "x"},
+            {"weights": "pretrained", "hub_id": "x"},
             "weights=pretrained: .* is trained from scratch",
         ),
     ],

@@ -226,7 +226,7 @@ def test_every_order_of_warps_gives_the_bits_of_the_emulated_source(
 @pytest.mark.parametrize(
     ("dtype", "most_bytes"), [(torch.bfloat16, 7.0), (torch.float32, 10.3)], ids=str
 )
-def test_a_step_moves_each_byte_once_and_no_other(
+def test_a_step_moves_and_executes_no_more_than_it_must(
     dtype: torch.dtype, most_bytes: float, module: Module, cuda_emulation: Emulation
 ) -> None:
     """Gradient, error feedback, window, and of the weights the sectors that the window touches.
@@ -235,10 +235,13 @@ def test_a_step_moves_each_byte_once_and_no_other(
     """
     found = profile(module, cuda_emulation, dtype, Hyperparameters())
     assert found.distinct_bytes["grads", "read"] == dtype.itemsize
+    # A float32 sector is in the halves of two accesses; the second finds it in the L1 cache.
+    num_requests = 1 if dtype == torch.bfloat16 else 2
+    assert found.requested_bytes["grads", "read"] == num_requests * dtype.itemsize
     for kind in ("read", "written"):
         assert found.requested_bytes["error", kind] == found.distinct_bytes["error", kind] == 0.5
         assert found.distinct_bytes["error_min", kind] == 2 / 64
         assert found.distinct_bytes["params", kind] < dtype.itemsize
     assert found.total_bytes <= most_bytes
-    assert found.num_instructions <= 1000
+    assert found.num_instructions <= 1050
     assert found.num_wavefronts <= 1100

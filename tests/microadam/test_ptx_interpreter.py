@@ -313,6 +313,13 @@ def test_atomic_operations_count_every_thread() -> None:
             "redux.sync.add.u32 %r1, %r0, %r2;",
             "deadlock: 31 threads",
         ),
+        (  # a thread that was at a collective before it exited is not there again
+            "mov.u32 %r2, 0; mov.u32 %r1, 0; mov.u32 %r3, -1; bra $loop; $out: ret;"
+            "$loop: redux.sync.add.u32 %r7, %r2, %r3; add.u32 %r2, %r2, 1;"
+            "setp.eq.u32 %p1, %r0, 3; @%p1 bra $out;"
+            "setp.lt.u32 %p2, %r2, 3; @%p2 bra $loop;",
+            "deadlock: 31 threads",
+        ),
         (  # half of the threads wait at each of two barriers
             "and.b32 %r2, %r0, 1; setp.eq.u32 %p1, %r2, 0; @%p1 bra $even; bar.sync 0;"
             "bra $both; $even: bar.sync 0; $both:",

@@ -23,6 +23,7 @@ from tests.ptx_interpreter.memory import PARAM_WINDOW, SHARED_WINDOW, Indices, M
 from tests.ptx_interpreter.operands import SHARED_BEGIN, Operands, Threads
 from tests.ptx_interpreter.parser import Function, Module, PtxError, Symbol
 
+NOWHERE = -1  # where a thread goes on that has exited
 WAITING = 1 << 40  # the program counter of a thread that waits for others, or has exited
 MAX_TURNS = 2_000_000  # of a block; more means that it does not end
 
@@ -80,7 +81,7 @@ class Block:
     Attributes:
         numbers: of the threads, padded to whole warps; those beyond ``num_threads`` never run.
         pc: index in ``operations`` of what a thread runs next, or `WAITING`.
-        resume: where one that waits goes on.
+        resume: where one that waits goes on, or `NOWHERE`.
         starts, return_to: of each function; ``return_to`` for each thread.
         num_instructions: that teams have run so far.
     """
@@ -176,6 +177,7 @@ class Block:
         self.is_at_barrier[:] = False
         self.has_exited[:] = self.numbers >= self.num_threads
         self.pc[:] = np.where(self.has_exited, WAITING, self.starts[self.entry.name])
+        self.resume[:] = NOWHERE
 
     def take_turn(self, threads: Indices, place: int) -> None:
         """Runs operations from ``place`` on, for threads that are all there."""
@@ -203,7 +205,7 @@ class Block:
                 return
 
     def exit(self, threads: Threads) -> None:
-        self.pc[threads] = WAITING
+        self.wait(threads, NOWHERE)
         self.has_exited[threads] = True
 
     def wait(self, threads: Threads, place: int | Indices) -> None:
