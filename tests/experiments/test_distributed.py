@@ -67,10 +67,14 @@ def losses(config: RunConfig) -> list[float]:
 def test_a_killed_run_goes_on_with_as_many_processes_or_with_one_or_four(
     composed: Compose, quick: tuple[str, ...], tmp_path: Path, parallel: str
 ) -> None:
-    """Bit for bit with as many; with others up to the order of sums, and to MicroAdam's blocks."""
+    """Bit for bit with as many; with others up to the order of sums, and to MicroAdam's blocks.
+
+    An evaluation between steps is a part of it, and is repeated where the run resumes.
+    """
+    shared = (*quick, f"hardware.parallel={parallel}", "evaluation.every_steps=4")
 
     def run_in(folder: str) -> RunConfig:
-        return composed(*quick, f"hardware.parallel={parallel}", f"results_dir={tmp_path / folder}")
+        return composed(*shared, f"results_dir={tmp_path / folder}")
 
     alone, undisturbed, killed = run_in("alone"), run_in("undisturbed"), run_in("killed")
     run_on_ranks(1, execute_on_rank, alone)
@@ -87,6 +91,7 @@ def test_a_killed_run_goes_on_with_as_many_processes_or_with_one_or_four(
         shutil.copytree(tmp_path / "killed", tmp_path / f"killed-{world_size}")
     run_on_ranks(2, execute_on_rank, killed)
     assert outcome(killed) == outcome(undisturbed)
+    assert [m["step"] for m in RunFolder(killed).metrics() if "eval/loss" in m] == [4, 6]
     for world_size in (1, 4):
         moved = run_in(f"killed-{world_size}")
         run_on_ranks(world_size, execute_on_rank, moved)
