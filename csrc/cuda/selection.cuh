@@ -47,17 +47,58 @@ __device__ void list_candidates(const Elements& elements, uint32_t probe, Shared
   });
 }
 
-// How many candidates fulfil a condition; their number must be a multiple of 64.
-template <class Condition>
-__device__ int count_candidates(const Candidate* candidates, int num_candidates,
-                                Condition condition) {
-  int count = 0;
-#pragma unroll 1
-  for (int i = lane(); i < num_candidates; i += 64) {
-    const bool first = condition(candidates[i]), second = condition(candidates[i + 32]);
-    count += __popc(__ballot_sync(kAllLanes, first)) + __popc(__ballot_sync(kAllLanes, second));
+// The magnitudes of a list of candidates, in the registers of a warp: those of every 32nd candidate
+// in each lane, then 0.
+struct Magnitudes {
+  static constexpr int kPerLane = kMaxCandidates / 32;
+  uint32_t values[kPerLane];
+  int count;
+
+  __device__ Magnitudes(const Candidate* candidates, int count) : count(count) {
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      const int i = 32 * j + lane();
+      values[j] = i < count ? candidates[i].magnitude : 0;
+    }
   }
-  return count;
+
+  __device__ uint32_t smallest() const {
+    uint32_t result = ~0u;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      if (32 * j + lane() < count) result = min(result, values[j]);
+    }
+    return __reduce_min_sync(kAllLanes, result);
+  }
+
+  __device__ uint32_t largest() const {
+    uint32_t result = 0;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) result = max(result, values[j]);
+    return __reduce_max_sync(kAllLanes, result);
+  }
+
+  // `probe` is greater than 0.
+  __device__ int count_reaching(uint32_t probe) const {
+    int result = 0;
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) {
+      if (32 * j >= count) break;
+      result += __popc(__ballot_sync(kAllLanes, values[j] >= probe));
+    }
+    return result;
+  }
+};
+
+// How many candidates equal a magnitude and have an index of at most `last`.
+__device__ int count_equal(const Candidate* candidates, int count, uint32_t magnitude, int last) {
+  int result = 0;
+#pragma unroll 1
+  for (int first = 0; first < count; first += 32) {
+    const Candidate c = first + lane() < count ? candidates[first + lane()] : Candidate{0, 0};
+    result += __popc(__ballot_sync(kAllLanes, c.magnitude == magnitude && c.index <= last));
+  }
+  return result;
 }
 
 // The greatest value that `num_wanted` or more candidates reach, or one that exactly as many reach.
@@ -85,20 +126,15 @@ struct Cut {
   }
 };
 
-// The cut that takes k candidates, whose magnitudes are between `smallest` and `largest`.
-__device__ Cut cut_to(int k, const Candidate* candidates, int num_candidates, uint32_t smallest,
-                      uint32_t largest) {
-  const auto count_reaching = [&](uint32_t probe) {
-    return count_candidates(candidates, num_candidates,
-                            [&](Candidate c) { return c.magnitude >= probe; });
-  };
+// The cut that takes k candidates.
+__device__ Cut cut_to(int k, const Candidate* candidates, const Magnitudes& magnitudes,
+                      uint32_t smallest, uint32_t largest) {
+  const auto count_reaching = [&](uint32_t probe) { return magnitudes.count_reaching(probe); };
   Cut cut = {bisect(k, smallest, largest + 1, count_reaching), kMaxBlockSize};
   if (count_reaching(cut.magnitude) > k) {
     const int num_equal_to_take = k - count_reaching(cut.magnitude + 1);
     cut.last_index -= bisect(num_equal_to_take, 1, kMaxBlockSize + 1, [&](int probe) {
-      return count_candidates(candidates, num_candidates, [&](Candidate c) {
-        return c.magnitude == cut.magnitude && kMaxBlockSize - c.index >= probe;
-      });
+      return count_equal(candidates, magnitudes.count, cut.magnitude, kMaxBlockSize - probe);
     });
   }
   return cut;
@@ -135,24 +171,14 @@ __device__ float next_guess(const Block& block, int count, float kth, float smal
 template <class Elements, class Emit>
 __device__ void take_candidates(Elements& elements, const Block& block, int count, Shared& shared,
                                 Emit emit) {
-  Candidate* const candidates = shared.selection.candidates;
-  uint32_t smallest = ~0u, largest = 0;
-#pragma unroll 1
-  for (int i = lane(); i < count; i += 32) {
-    smallest = min(smallest, candidates[i].magnitude);
-    largest = max(largest, candidates[i].magnitude);
-  }
-  smallest = __reduce_min_sync(kAllLanes, smallest);
-  largest = __reduce_max_sync(kAllLanes, largest);
+  const Candidate* const candidates = shared.selection.candidates;
+  const Magnitudes magnitudes(candidates, count);
+  const uint32_t smallest = magnitudes.smallest(), largest = magnitudes.largest();
   if (largest >= bits_of(kMaxMagnitude)) {
     if (lane() == 0) shared.is_finite = false;
     return;
   }
-  const int num_rounded = (count + 63) / 64 * 64;
-#pragma unroll 1
-  for (int i = count + lane(); i < num_rounded; i += 32) candidates[i] = {0, 0};  // never taken
-  __syncwarp();
-  const Cut cut = cut_to(block.k, candidates, num_rounded, smallest, largest);
+  const Cut cut = cut_to(block.k, candidates, magnitudes, smallest, largest);
 
   // Positions are in the order of indices: a bitmap of what is taken gives them.
   uint32_t* const bitmap = shared.selection.above;
