@@ -123,9 +123,8 @@ def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel
         tokenizer = AutoTokenizer.from_pretrained(location, **pinned)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = (
-        tokenizer.pad_token_id
-    )  # tells a causal classifier where a text ends
+    # Tells a causal classifier where a text ends.
+    model.config.pad_token_id = tokenizer.pad_token_id
     commit = hub.model_revision(location, config.revision) if config.is_from_hub else None
     return LoadedModel(model, tokenizer, source, commit)
 
