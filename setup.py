@@ -3,10 +3,10 @@
 Without a C++ compiler or torch, the package is still installed and steps in plain torch. ``CXX``
 names the compiler; ``MICROADAM_SANITIZE=1`` builds for ``make sanitize``.
 
-If there is a GPU, and an nvcc of torch's CUDA version in ``CUDA_HOME`` or on the path, the CUDA
-kernels are built too, for this machine's GPUs. ``MICROADAM_CUDA_ARCHITECTURES="8.0 9.0"`` requests
-those architectures instead, ``all`` every one listed below; if a requested one cannot be built, the
-build fails.
+If there is a GPU, and an nvcc of torch's CUDA version, the CUDA kernels are built too, for this
+machine's GPUs: that in ``CUDA_HOME``, else pip's (``pip install "cuda-toolkit[nvcc]"``), else the
+one on the path. ``MICROADAM_CUDA_ARCHITECTURES="8.0 9.0"`` requests those architectures instead,
+``all`` every one listed below; if a requested one cannot be built, the build fails.
 
 The library is built against torch's stable ABI and does not depend on the Python version, so one
 wheel is tagged for all of them.
@@ -113,14 +113,24 @@ def run(command: list[str]) -> None:
 def find_nvcc() -> str:
     if os.environ.get("MICROADAM_SANITIZE") == "1":
         raise CannotBuildError("MICROADAM_SANITIZE=1 is for the CPU")
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    if nvcc is None:
-        raise CannotBuildError(f"no nvcc was found {f'in {home}/bin' if home else 'on the path'}")
     import torch
 
     if torch.version.cuda is None:
         raise CannotBuildError("this torch was built without CUDA")
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        folders = f"{home}/bin"
+    else:
+        major = torch.version.cuda.split(".")[0]
+        of_pip = Path(torch.__file__).parents[1] / f"nvidia/cu{major}/bin"
+        folders = os.pathsep.join([str(of_pip), os.environ.get("PATH", os.defpath)])
+    nvcc = shutil.which("nvcc", path=folders)
+    if nvcc is None:
+        raise CannotBuildError(
+            f"no nvcc was found in {home}/bin, which CUDA_HOME names"
+            if home
+            else 'no nvcc was found (pip install "cuda-toolkit[nvcc]" brings one of CUDA 13)'
+        )
     return nvcc
 
 
@@ -216,6 +226,7 @@ def build_native(objects: Path, target: Path) -> None:
     if cuda_outputs:
         # The CUDA runtime is linked in statically, and must not clash with torch's own.
         link = [nvcc, "-ccbin", compiler[0], "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
+        libraries.append(f"-L{Path(nvcc).parents[1] / 'lib'}")  # pip's nvcc looks in lib64
     else:
         link = [*compiler, *([SANITIZERS] if sanitize else [])]
         link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []

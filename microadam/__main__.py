@@ -20,7 +20,7 @@ def report() -> str:
         "CPU": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()} in torch, "
         f"{torch.get_num_threads()} threads",
         "CUDA": _cuda(),
-        "native library": ops.load_native_library() or str(ops.NATIVE_LIBRARY),
+        "native library": "not used" if ops.load_native_library() else str(ops.NATIVE_LIBRARY),
         "step on a CPU": _kernel("cpu"),
     }
     if torch.cuda.is_available():
@@ -42,7 +42,7 @@ def _cuda() -> str:
 
 def _kernel(device_type: str) -> str:
     kernel = ops.native_kernel(device_type)
-    return f"native ({kernel})" if kernel else "plain torch"
+    return f"native ({kernel})" if kernel else f"plain torch: {ops.why_plain_torch(device_type)}"
 
 
 def _self_test() -> str:

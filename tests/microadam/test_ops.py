@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 
 import microadam
-from microadam import MicroAdam, ops
+from microadam import MicroAdam, ops, reference
 from microadam.reference import StepArguments
 from tests.microadam.agreement import Hyperparameters, Run
 
@@ -163,7 +166,7 @@ def in_new_process(code: str, **environment: str) -> subprocess.CompletedProcess
 
 TAKE_A_STEP = """
 import torch
-from microadam import MicroAdam, ops
+from microadam import MicroAdam, ops, reference
 p = torch.ones(3, requires_grad=True)
 p.grad = torch.ones(3)
 MicroAdam([p]).step()
@@ -200,6 +203,32 @@ def test_package_without_its_library_steps_in_plain_torch(
     assert "Warning" not in result.stderr  # it would claim that steps run in plain torch
 
 
+@pytest.mark.parametrize("wanted", ["", "native"])
+def test_a_gpu_without_kernels_is_told_how_to_get_them(
+    wanted: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """On a device that is only claimed to be a GPU, with a library for the CPU alone."""
+    steps: list[StepArguments] = []
+    monkeypatch.setattr(reference, "step_", steps.append)
+    monkeypatch.setattr(ops, "load_native_library", cache(lambda: ""))
+    monkeypatch.setattr(ops, "native_kernel", lambda device_type: "")
+    monkeypatch.setattr(ops, "_wanted_backend", lambda: wanted)
+    monkeypatch.setattr(ops, "why_plain_torch", cache(ops.why_plain_torch.__wrapped__))
+    gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    args = arguments(new_run(3), num_skipped_blocks=gpu)
+    remedy = 'pip install "cuda-toolkit[nvcc]"'
+    if wanted == "native":
+        with pytest.raises(RuntimeError, match=re.escape(remedy)):
+            ops._plain_torch_step(*args)
+        assert (len(recwarn), len(steps)) == (0, 0)
+    else:
+        for _ in range(2):
+            ops._plain_torch_step(*args)
+        (warning,) = recwarn
+        assert remedy in str(warning.message)
+        assert len(steps) == 2
+
+
 def test_import_loads_no_library() -> None:
     """Importing must work, and be cheap, wherever the package is installed."""
     code = "import microadam.ops as o; print(o.load_native_library.cache_info().currsize)"
@@ -215,4 +244,5 @@ def test_doctor_reports_the_kernel() -> None:
         check=True,
     )
     assert f"microadam       {microadam.__version__}\n" in result.stdout
-    assert "step on a CPU   plain torch\n" in result.stdout
+    reason = "MICROADAM_BACKEND=torch asks for plain torch"
+    assert f"step on a CPU   plain torch: {reason}\n" in result.stdout

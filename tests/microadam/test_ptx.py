@@ -18,7 +18,7 @@ import torch
 
 from microadam import reference
 from tests.microadam.agreement import Hyperparameters, Run, step_and_compare
-from tests.microadam.cuda_source import Emulation, build_ptx
+from tests.microadam.cuda_source import NVCC, Emulation, build_ptx
 from tests.microadam.helpers import DTYPES
 from tests.microadam.test_native import KINDS, draw
 from tests.ptx_interpreter.machine import Machine
@@ -28,9 +28,9 @@ from tests.ptx_interpreter.traffic import profile
 
 
 def version_of_nvcc() -> int:
-    if shutil.which("nvcc") is None:
+    if not NVCC:
         return 0
-    result = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
+    result = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True)
     found = re.search(r"release (\d+)", result.stdout)
     return int(found[1]) if found else 0
 
