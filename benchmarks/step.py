@@ -162,10 +162,9 @@ def _updated_bytes(contestant: Contestant, p: torch.nn.Parameter, layout: BlockL
     is_updated = torch.zeros(-(-p.numel() // per_sector), dtype=torch.bool, device=p.device)
     window = contestant.optimizer.state[p]["window_indices"]
     for segment in layout.segments:
-        last_block = segment.first_block + segment.num_blocks
-        blocks = torch.arange(segment.first_block, last_block, device=p.device)
+        blocks = torch.arange(layout.num_blocks, device=p.device)[segment.blocks]
         for slot in range(layout.window_size):
-            indices = window[segment.first_block : last_block, slot, : segment.k].long()
+            indices = window[segment.blocks, slot, : segment.k].long()
             is_updated[(indices + blocks[:, None] * layout.block_size) // per_sector] = True
     return int(is_updated.sum()) * SECTOR_BYTES
 

@@ -64,10 +64,11 @@ def _three_steps(
     """Parameters that began at 0, and their state, after three steps: flat and joined, by name."""
     _, density, bucket_size, block_size = geometry
     sizes = (2 * block_size + block_size // 2 + 1, 7)  # full blocks and shorter ones
-    states = [BlockLayout.of(numel, *geometry).new_state(device) for numel in sizes]
+    layouts = [BlockLayout.of(numel, *geometry) for numel in sizes]
+    states = [layout.new_state(device) for layout in layouts]
     params = [torch.zeros(numel, dtype=param_dtype, device=device) for numel in sizes]
     thresholds = [
-        torch.zeros(-(-numel // block_size), dtype=torch.float32, device=device) for numel in sizes
+        torch.zeros(layout.num_blocks, dtype=torch.float32, device=device) for layout in layouts
     ]
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):

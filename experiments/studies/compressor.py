@@ -95,8 +95,7 @@ def squares(
 ) -> Iterator[tuple[str, float]]:
     """Squared norms for one parameter: both arguments, what Top-K leaves, and rounding errors."""
     for segment in layout.segments:
-        start = segment.first_block * layout.block_size
-        elements = slice(start, start + segment.num_blocks * segment.length)
+        elements = segment.elements(layout.block_size)
         for name, flat in (("gradient", gradient), ("accumulator", accumulator)):
             blocks = flat[elements].view(segment.num_blocks, segment.length)
             residual = blocks.scatter(1, reference.select_top_k(blocks, segment.k), 0.0)

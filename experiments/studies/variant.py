@@ -79,10 +79,7 @@ class MicroAdamVariant(ParameterwiseOptimizer):
         for segment, moments in zip(
             layout_of(param, group).segments, state["segments"], strict=True
         ):
-            elements = slice(
-                segment.first_block * group["block_size"],
-                segment.first_block * group["block_size"] + segment.num_blocks * segment.length,
-            )
+            elements = segment.elements(group["block_size"])
             blocks = accumulator[elements].view(segment.num_blocks, segment.length)
             indices = reference.select_top_k(blocks, segment.k)
             residual = blocks.scatter(1, indices, 0.0)
