@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from random import Random
 from typing import Any
 
@@ -30,10 +29,11 @@ class _Sum:
     answer: int  # index of the correct one
 
 
-def _sums(rng: Random) -> Iterator[_Sum]:
-    """Endless questions, no two alike."""
-    seen = set()
-    while True:
+def _sums(seed: str, num_sums: int) -> Iterator[_Sum]:
+    """Questions, no two alike."""
+    rng = Random(seed)
+    seen: set[tuple[int, int, str]] = set()
+    while len(seen) < num_sums:
         a, b, sign = rng.randint(2, 199), rng.randint(2, 199), rng.choice(list(_OPERATIONS))
         if (a, b, sign) in seen:
             continue
@@ -48,7 +48,7 @@ def _sums(rng: Random) -> Iterator[_Sum]:
 def instructions(split: str, num_rows: int) -> list[dict[str, Any]]:
     """Open-Platypus: ``instruction``, ``input`` (empty in every other row), ``output``."""
     rows = []
-    for row, s in enumerate(islice(_sums(Random(f"instructions {split}")), num_rows)):
+    for row, s in enumerate(_sums(f"instructions {split}", num_rows)):
         choices = [f"{letter}. {o}" for letter, o in zip(_LETTERS, s.options, strict=True)]
         task = "Answer the multiple-choice question with the letter and text of the right option."
         question = "\n".join([s.question, *choices])
@@ -71,7 +71,7 @@ def arc(split: str, num_rows: int) -> list[dict[str, Any]]:
             "choices": {"text": s.options, "label": list(_LETTERS)},
             "answerKey": _LETTERS[s.answer],
         }
-        for row, s in enumerate(islice(_sums(Random(f"arc {split}")), num_rows))
+        for row, s in enumerate(_sums(f"arc {split}", num_rows))
     ]
 
 
@@ -84,7 +84,7 @@ def mmlu(split: str, num_rows: int) -> list[dict[str, Any]]:
             "choices": s.options,
             "answer": s.answer,
         }
-        for row, s in enumerate(islice(_sums(Random(f"mmlu {split}")), num_rows))
+        for row, s in enumerate(_sums(f"mmlu {split}", num_rows))
     ]
 
 
@@ -98,7 +98,7 @@ def hellaswag(split: str, num_rows: int) -> list[dict[str, Any]]:
             "endings": [f"answers {option}." for option in s.options],
             "label": str(s.answer),
         }
-        for s in islice(_sums(Random(f"hellaswag {split}")), num_rows)
+        for s in _sums(f"hellaswag {split}", num_rows)
     ]
 
 

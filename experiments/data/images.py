@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import os
 import random
 import stat
@@ -180,8 +179,8 @@ def _converted(config: DatasetConfig, name: str, images: Images) -> Path:
         )
     # As pixels: small images then need no decoding, and nothing is lost.
     storage = beton.Storage(jpeg_share=0.0)
-    digest = hashlib.sha256(f"{images.identity} {storage}".encode()).hexdigest()[:10]
-    path = hub.cache_dir() / "images" / f"{config.name}-{name}-{digest}.beton"
+    identity = digest([f"{images.identity} {storage}".encode()])[:10]
+    path = hub.cache_dir() / "images" / f"{config.name}-{name}-{identity}.beton"
     beton.write(images, path, storage, torch.get_num_threads())
     return path
 

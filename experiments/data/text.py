@@ -6,7 +6,6 @@ Whatever the source, a data set is one ``<split>.jsonl`` file per split, and its
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,26 +23,19 @@ _TYPES: dict[str, type] = {"str": str, "int": int, "list": list, "dict": dict}
 
 _REVISION = "revision.txt"  # in an export from the hub
 
-# Rows of a split that neither a folder nor the hub has.
-_GENERATORS: dict[str, Callable[[str, int], list[Row]]] = {
-    "gsm8k": word_problems.generate,
-    "mnli": sentence_pairs.generate,
-    "open_platypus": choices.instructions,
-    "instruct_stem": choices.instructions,
-    "arc_challenge": choices.arc,
-    "hellaswag": choices.hellaswag,
-    "mmlu": choices.mmlu,
-    "winogrande": choices.winogrande,
-}
-_NUM_GENERATED = {
-    "gsm8k": {"train": 7473, "test": 1319},
-    "mnli": {"train": 8000, "validation_matched": 2000, "validation_mismatched": 2000},
-    "open_platypus": {"train": 24926},
-    "instruct_stem": {"train": 4809},
-    "arc_challenge": {"train": 100, "test": 400},
-    "hellaswag": {"train": 100, "validation": 400},
-    "mmlu": {"dev": 15, "test": 400},
-    "winogrande": {"train": 100, "validation": 400},
+# What stands in where neither a folder nor the hub has it: its generator, and the rows of a split.
+_STAND_INS: dict[str, tuple[Callable[[str, int], list[Row]], dict[str, int]]] = {
+    "gsm8k": (word_problems.generate, {"train": 7473, "test": 1319}),
+    "mnli": (
+        sentence_pairs.generate,
+        {"train": 8000, "validation_matched": 2000, "validation_mismatched": 2000},
+    ),
+    "open_platypus": (choices.instructions, {"train": 24926}),
+    "instruct_stem": (choices.instructions, {"train": 4809}),
+    "arc_challenge": (choices.arc, {"train": 100, "test": 400}),
+    "hellaswag": (choices.hellaswag, {"train": 100, "validation": 400}),
+    "mmlu": (choices.mmlu, {"dev": 15, "test": 400}),
+    "winogrande": (choices.winogrande, {"train": 100, "validation": 400}),
 }
 
 
@@ -99,7 +91,7 @@ def _find(config: DatasetConfig) -> tuple[str, Path]:
         config,
         local=lambda folder: folder,
         hub=lambda hub_id: _exported_from_hub(hub_id, config.hub_config, config.revision),
-        generated=(lambda: _generated(config)) if config.name in _GENERATORS else None,
+        generated=(lambda: _generated(config)) if config.name in _STAND_INS else None,
     )
 
 
@@ -121,8 +113,8 @@ def _exported_from_hub(hub_id: str, hub_config: str | None, revision: str | None
 
 def _generated(config: DatasetConfig) -> Path:
     texts = {split: _generated_jsonl(config.name, split) for split in config.splits}
-    digest = hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:10]
-    folder = hub.cache_dir() / "datasets" / f"generated-{config.name}-{digest}"
+    name = f"generated-{config.name}-{digest(map(str.encode, texts.values()))[:10]}"
+    folder = hub.cache_dir() / "datasets" / name
     if not folder.exists():
         with atomic.new_folder(folder) as partial:
             for split, text in texts.items():
@@ -132,7 +124,8 @@ def _generated(config: DatasetConfig) -> Path:
 
 @functools.cache  # read for training and for evaluation; takes seconds
 def _generated_jsonl(name: str, split: str) -> str:
-    return _to_jsonl(_GENERATORS[name](split, _NUM_GENERATED[name][split]))
+    generate, num_rows = _STAND_INS[name]
+    return _to_jsonl(generate(split, num_rows[split]))
 
 
 def _to_jsonl(rows: Iterable[Row]) -> str:
