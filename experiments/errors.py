@@ -2,6 +2,8 @@
 
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class ExperimentError(Exception):
@@ -9,6 +11,26 @@ class ExperimentError(Exception):
 
     ``run.py`` prints only the message, without a traceback, and exits with 2.
     """
+
+
+@contextmanager
+def reported(when_interrupted: str = "") -> Iterator[None]:
+    """Ends a command whose block fails with a sentence instead of a traceback, as run.py does.
+
+    Args:
+        when_interrupted: what to add after Ctrl-C, such as how to resume.
+
+    Raises:
+        SystemExit: with 2 after an `ExperimentError`, with 130 after Ctrl-C.
+    """
+    try:
+        yield
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("; ".join(filter(None, ["\ninterrupted", when_interrupted])), file=sys.stderr)
+        sys.exit(130)
 
 
 def reason(error: Exception) -> str:

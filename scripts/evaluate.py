@@ -21,7 +21,7 @@ from typing import Any
 
 from experiments import atomic, hub
 from experiments.config import RunConfig
-from experiments.errors import ExperimentError, require
+from experiments.errors import ExperimentError, reported, require
 from experiments.report.records import Record
 from experiments.runs.reading import read_record
 from run import by_key, compose
@@ -134,13 +134,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("overrides", nargs="*", help="such as evaluation=gsm8k_5shot")
     given = parser.parse_args(arguments)
-    try:
+    with reported():
         evaluate(given.run, given.overrides)
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from experiments import planning, tasks
 from experiments.atomic import write_text
 from experiments.config import RunConfig
-from experiments.errors import ExperimentError
+from experiments.errors import reported
 from experiments.hardware import param_dtype
 from run import compose
 
@@ -105,8 +104,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reported():
         main()
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

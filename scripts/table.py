@@ -30,7 +30,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from experiments.errors import ExperimentError, require_choice
+from experiments.errors import ExperimentError, reported, require_choice
 from experiments.report import formats, planning, records, tables
 from experiments.report.planning import Cell, Run, State
 from experiments.report.records import Record
@@ -332,17 +332,11 @@ def make_table(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = arguments(sys.argv[1:])
-    try:
+    how = "run the same command again to resume"
+    if options.fresh is not None:
+        how = f"run it again with FRESH={options.fresh.isoformat()} to resume"
+    with reported(how):
         make_table(options)
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        how = "run the same command again to resume"
-        if options.fresh is not None:
-            how = f"run it again with FRESH={options.fresh.isoformat()} to resume"
-        print(f"\ninterrupted; {how}", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ import yaml
 
 from experiments import hub
 from experiments.config import DatasetConfig
-from experiments.errors import ExperimentError, reason
+from experiments.errors import ExperimentError, reason, reported
 
 if TYPE_CHECKING:
     from experiments.data.images import Images
@@ -104,14 +103,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     hub.go_offline_if_unreachable()
-    try:
+    with reported("run the same command again to resume"):
         write(args)
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to resume", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ Tables are written by scripts/table.py, which knows the runs behind them.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, reported
 from experiments.report import figures_runs, figures_studies, memory, page, tables
 
 # Each draws the figures it has data for.
@@ -35,8 +34,8 @@ def main() -> None:
     for table in tables.load(results_dir):
         for file in table.all_records:
             if not (results_dir / "records" / file).exists():
-                sys.exit(
-                    f"error: {table.file_stem}.json refers to records/{file}, which is missing; "
+                raise ExperimentError(
+                    f"{table.file_stem}.json refers to records/{file}, which is missing; "
                     f"restore it with: python -m scripts.table {table.name} --scale {table.scale} "
                     f"--results-dir {results_dir}"
                 )
@@ -46,8 +45,8 @@ def main() -> None:
         if planned is not None:
             written += memory.write(planned, results_dir)
         elif options.what == "memory":
-            sys.exit(
-                f"error: {results_dir} has no memory_plan.json; make memory-table writes "
+            raise ExperimentError(
+                f"{results_dir} has no memory_plan.json; make memory-table writes "
                 "results/memory_plan.json"
             )
     if options.what != "memory":
@@ -59,8 +58,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reported():
         main()
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

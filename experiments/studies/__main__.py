@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 import platform
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -24,13 +23,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import atomic, hub
-from experiments.errors import ExperimentError, reason
+from experiments.errors import ExperimentError, reason, reported
 from experiments.runs.provenance import provenance
 
 STUDIES = ("rosenbrock", "convergence", "ablations", "compressor", "galore_error")
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.studies",
         description=__doc__,
@@ -51,22 +50,15 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.study is None:
         print(_overview())
-        return 0
+        return
     names = STUDIES if arguments.study == "all" else (arguments.study,)
     if len(names) > 1 and arguments.settings:
         parser.error("settings belong to one study: name it instead of all")
     hub.go_offline_if_unreachable()
-    try:
+    with reported("the studies that had finished are saved"):
         for name in names:
             path = run(name, arguments.settings, arguments.data, arguments.results)
             print(f"{name}: {path}")
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the studies that had finished are saved", file=sys.stderr)
-        return 130
-    return 0
 
 
 def run(name: str, changes: list[str], data: Path, results: Path) -> Path:
@@ -133,4 +125,4 @@ def _rounded(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

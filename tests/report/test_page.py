@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib.figure
 import pytest
 
+from experiments.errors import ExperimentError
 from experiments.report import __main__ as report
 from experiments.report import figure, figures_runs, memory, page, planning, records, tables
 from experiments.report.planning import Cell
@@ -182,7 +183,8 @@ def test_a_table_whose_record_is_gone_is_refused_with_the_way_to_restore_it(
     shutil.copy(results / "table1.json", tmp_path)
     monkeypatch.setattr(sys, "argv", ["report", "--results-dir", str(tmp_path)])
     restored_by = f"scripts.table table1 --scale mini --results-dir {tmp_path}$"
-    with pytest.raises(SystemExit, match=rf"refers to records/.*restore it with: .*{restored_by}"):
+    message = rf"refers to records/.*restore it with: .*{restored_by}"
+    with pytest.raises(ExperimentError, match=message):
         report.main()
     assert not (tmp_path / "index.html").exists()
 
