@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"no runs below {results_dir / 'runs'}")
         return
     header = ["task", "model", "optimizer", "run", "lr", "seed", "state", "step"]
-    header += ["train loss", "eval loss", "score", "age"]
+    header += [*reading.RESULTS, "age"]
     rows = []
     for run in runs:
         lr = run.config.get("optimizer", {}).get("lr")
@@ -47,9 +47,7 @@ def main(arguments: Sequence[str]) -> None:
                 str(run.config.get("seed", "")),
                 run.state,
                 _progress(run),
-                reading.number(run.metrics, "train/final_loss", "train/loss"),
-                reading.number(run.metrics, "eval/loss"),
-                reading.headline(run.metrics),
+                *reading.results(run.metrics),
                 age(run.age_s),
             ]
         )

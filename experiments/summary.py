@@ -11,6 +11,7 @@ from experiments.data.order import num_steps
 from experiments.hardware import Hardware
 from experiments.planning import UNPLANNED_GIB, Plan
 from experiments.report import formats
+from experiments.runs import reading
 from experiments.runs.checkpoints import Checkpoint
 from experiments.tasks import Task
 
@@ -198,18 +199,9 @@ def evaluation_summary(metrics: dict[str, Any]) -> str:
 
 
 def _evaluation_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(label, _before_after(metrics, name)) for label, name in _evaluated(metrics)]
-
-
-def _evaluated(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    """Label and name of every evaluated quantity except standard errors and counts."""
     labels = {"loss": "held-out loss", "average": "average of the tasks"}
-    names = [
-        key.removeprefix("eval/")
-        for key, value in metrics.items()
-        if key.startswith("eval/") and isinstance(value, float) and "_stderr" not in key
-    ]
-    return [(labels.get(name, _label(name)), name) for name in names]
+    names = reading.evaluated(metrics)
+    return [(labels.get(name, _label(name)), _before_after(metrics, name)) for name in names]
 
 
 def _label(name: str) -> str:

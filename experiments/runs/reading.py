@@ -15,6 +15,8 @@ import yaml
 
 from experiments.errors import ExperimentError, reason
 
+RESULTS = ("train loss", "eval loss", "score")
+
 
 @dataclass(frozen=True)
 class RunStatus:
@@ -78,18 +80,32 @@ def find(results_dir: Path) -> list[RunStatus]:
     return sorted(runs, key=lambda run: -run.age_s)
 
 
-def headline(metrics: dict[str, Any]) -> str:
-    """The most telling score: the average of several, else the first."""
-    scores = {
+def evaluated(metrics: dict[str, Any]) -> dict[str, float]:
+    """Held-out loss and scores by the task's names, without their standard errors and counts."""
+    return {
         name.removeprefix("eval/"): value
         for name, value in metrics.items()
         if name.startswith("eval/") and isinstance(value, float) and "_stderr" not in name
     }
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """The most telling score: the average of several, else the first."""
+    scores = evaluated(metrics)
     scores.pop("loss", None)
     if not scores:
         return ""
     name = "average" if "average" in scores else next(iter(scores))
     return f"{name.removesuffix(',none')} {scores[name]:.1%}"
+
+
+def results(metrics: dict[str, Any]) -> list[str]:
+    """What a list of runs shows of one, in the order of `RESULTS`; empty where there is nothing."""
+    return [
+        number(metrics, "train/final_loss", "train/loss"),
+        number(metrics, "eval/loss"),
+        headline(metrics),
+    ]
 
 
 def number(metrics: dict[str, Any], *names: str) -> str:

@@ -35,18 +35,8 @@ def summary(folder: Path) -> tuple[str, int]:
             rows.append([number, overrides, "failed", "", "", "", ""])
             continue
         run = reading.read(Path(job["run"]))
-        rows.append(
-            [
-                number,
-                overrides,
-                run.state,
-                reading.number(run.metrics, "train/final_loss", "train/loss"),
-                reading.number(run.metrics, "eval/loss"),
-                reading.headline(run.metrics),
-                run.path.name,
-            ]
-        )
-    header = ["job", "overrides", "state", "train loss", "eval loss", "score", "run"]
+        rows.append([number, overrides, run.state, *reading.results(run.metrics), run.path.name])
+    header = ["job", "overrides", "state", *reading.RESULTS, "run"]
     text = "\n".join(
         [f"\nSweep of {len(rows)} jobs", formats.terminal(header, rows, len(header)), *errors]
     )
