@@ -39,9 +39,10 @@ class Plan:
     def peak_bytes(self) -> int:
         return self.param_bytes + self.grad_bytes + self.state_bytes + self.activation_bytes
 
-    def fits(self, memory_gib: float) -> bool:
-        """Whether a card of that size has room for the peak and for what the plan leaves out."""
-        return self.peak_bytes / 2**30 + UNPLANNED_GIB <= memory_gib
+
+def fits(peak_bytes: int, memory_gib: float) -> bool:
+    """Whether a card of that size has room for a planned peak and for what the plan leaves out."""
+    return peak_bytes / 2**30 + UNPLANNED_GIB <= memory_gib
 
 
 class LiveBytes(TorchDispatchMode):

@@ -9,7 +9,7 @@ from experiments import distributed
 from experiments.config import RunConfig, TrainingConfig
 from experiments.data.order import num_steps
 from experiments.hardware import Hardware
-from experiments.planning import UNPLANNED_GIB, Plan
+from experiments.planning import UNPLANNED_GIB, Plan, fits
 from experiments.report import formats
 from experiments.runs import reading
 from experiments.runs.checkpoints import Checkpoint
@@ -97,7 +97,7 @@ def plan_summary(config: RunConfig, plan: Plan) -> str:
 
 
 def _verdict(plan: Plan, memory_gib: float | None) -> str:
-    if memory_gib is None or not plan.fits(memory_gib):
+    if memory_gib is None or not fits(plan.peak_bytes, memory_gib):
         return shortage(plan, memory_gib)
     spare = memory_gib * _GIB - plan.peak_bytes
     return f": fits the card's {memory_gib:g} GiB with {formats.size(spare)} to spare"
@@ -105,7 +105,7 @@ def _verdict(plan: Plan, memory_gib: float | None) -> str:
 
 def shortage(plan: Plan, memory_gib: float | None) -> str:
     """What to add after the peak if the plan does not fit the card; else empty."""
-    if memory_gib is None or plan.fits(memory_gib):
+    if memory_gib is None or fits(plan.peak_bytes, memory_gib):
         return ""
     spare = memory_gib * _GIB - plan.peak_bytes
     if spare < 0:

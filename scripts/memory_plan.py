@@ -77,11 +77,10 @@ def scale_table(table: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) ->
         for of_card in rows.values():
             of_model = [row for row in of_card if row["model"] == model]
             card_gib = of_model[0]["config"]["hardware"]["memory_gib"]
-            peaks_gib = [row["peak_bytes"] / 2**30 for row in of_model]
-            cells = [
-                f"**{peak:.1f}**" if peak + planning.UNPLANNED_GIB <= card_gib else f"{peak:.1f}"
-                for peak in peaks_gib
-            ]
+            cells = []
+            for row in of_model:
+                bold = "**" if planning.fits(row["peak_bytes"], card_gib) else ""
+                cells.append(f"{bold}{row['peak_bytes'] / 2**30:.1f}{bold}")
             lines.append([model, f"{card_gib:g}", *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
