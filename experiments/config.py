@@ -159,20 +159,6 @@ class DatasetConfig:
             return f"there is no folder {folder}"
         return f"{folder} has no {' and no '.join(self._lacking(folder))}"
 
-    def not_found(self, reason: str) -> ExperimentError:
-        """The error for when the hub is the last permitted source and does not have the data."""
-        looked = f"{self.why_not_local()}, and " if self.source != "hub" else ""
-        tried = (
-            f"({self.hub_id}) could not be fetched from the hub ({reason}): go online or set "
-            "HF_HOME to a cache that has it, "
-        )
-        if self.hub_id is None:
-            tried = "is not on any hub: "
-        return ExperimentError(
-            f"dataset.source={self.source}: {looked}data set {self.name} {tried}give a folder with "
-            "dataset.path=FOLDER, or use generated data with dataset.source=generated"
-        )
-
 
 @dataclass
 class ImageConfig:

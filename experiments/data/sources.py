@@ -51,4 +51,14 @@ def first(
                 "using generated data instead"
             )
             return "generated", generated()
-        raise config.not_found(why) from error
+        looked = f"{config.why_not_local()}, and " if config.source != "hub" else ""
+        tried = "is not on any hub: "
+        if config.hub_id is not None:
+            tried = (
+                f"({config.hub_id}) could not be fetched from the hub ({why}): go online or set "
+                "HF_HOME to a cache that has it, "
+            )
+        raise ExperimentError(
+            f"dataset.source={config.source}: {looked}data set {config.name} {tried}give a folder "
+            "with dataset.path=FOLDER, or use generated data with dataset.source=generated"
+        ) from error
