@@ -32,6 +32,11 @@ from experiments.data import images
 from experiments.data.images import ImageLoader, Images
 from experiments.data.torchvision_images import TorchvisionLoader
 
+NUM_GENERATED = 512
+RESOLUTION = 192  # of the crops, in pixels per side
+BATCH_SIZE = 64
+NUM_BATCHES = 24  # per round
+NUM_ROUNDS = 7
 BASELINE = "torchvision, JPEG"
 # How FFCV stores the images: its smallest files, ffcv-imagenet's for a ResNet-50, and its fastest.
 JPEG_SHARES = {"FFCV, JPEG": 1.0, "FFCV, half JPEG": 0.5, "FFCV, pixels": 0.0}
@@ -64,10 +69,10 @@ def _photograph(seed: int) -> Image.Image:
     return Image.fromarray(np.clip(scaled, 0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-def write_photographs(folder: Path, num_images: int) -> None:
+def write_photographs(folder: Path) -> None:
     """Writes generated JPEGs of one class."""
     (folder / "train" / "generated").mkdir(parents=True)
-    for number in tqdm(range(num_images), desc="generating", unit="image"):
+    for number in tqdm(range(NUM_GENERATED), desc="generating", unit="image"):
         path = folder / "train" / "generated" / f"{number:06}.JPEG"
         _photograph(number).save(path, quality=90)
 
@@ -89,8 +94,8 @@ def make_loaders(source: Images, folder: Path) -> dict[str, ImageLoader]:
     return loaders
 
 
-def images_per_s(loader: ImageLoader, batches: Sequence[Sequence[int]], resolution: int) -> float:
-    loaded = loader.train(0, batches, resolution)
+def images_per_s(loader: ImageLoader, batches: Sequence[Sequence[int]]) -> float:
+    loaded = loader.train(0, batches, RESOLUTION)
     next(loaded)
     started = time.perf_counter()
     num_images = sum(len(labels) for _, labels in loaded)
@@ -102,33 +107,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, help="holds train/<class>/ (default: generated)")
-    parser.add_argument("--num-images", type=int, default=512, help="to generate")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=24, help="per round")
-    parser.add_argument(
-        "--resolution", type=int, default=192, help="of the crops, in pixels per side"
-    )
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--num-threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=Path("results/benchmark_loading"))
     args = parser.parse_args()
-    torch.set_num_threads(args.num_threads)
+    torch.set_num_threads(os.cpu_count() or 1)
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary) / "photographs"
         if args.folder is None:
-            write_photographs(folder, args.num_images)
+            write_photographs(folder)
         source = folder_images(folder)
         loaders = make_loaders(source, Path(temporary))
-        order = [i % len(source) for i in range(args.batches * args.batch_size)]
-        batches = [
-            order[start : start + args.batch_size]
-            for start in range(0, len(order), args.batch_size)
-        ]
+        order = [i % len(source) for i in range(NUM_BATCHES * BATCH_SIZE)]
+        batches = [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
         rounds: dict[str, list[float]] = {name: [] for name in loaders}
-        for number in tqdm(range(args.rounds + 1), desc="measuring", unit="round"):
+        for number in tqdm(range(NUM_ROUNDS + 1), desc="measuring", unit="round"):
             for name, loader in loaders.items():
-                speed = images_per_s(loader, batches, args.resolution)
+                speed = images_per_s(loader, batches)
                 if number:
                     rounds[name].append(speed)
 
@@ -157,9 +151,9 @@ def main() -> None:
     headers = ["loader", "images a second", f"ratio to {BASELINE}", "quartiles"]
     kind = "generated JPEGs" if args.folder is None else f"images of {args.folder.name}"
     notes = [
-        f"{len(source):,} {kind}, crops of {args.resolution} pixels, batches of {args.batch_size}, "
-        f"{args.num_threads} threads or worker processes, files in the page cache.",
-        f"Medians of {args.rounds} rounds of {args.batches} batches, the loaders in turn.",
+        f"{len(source):,} {kind}, crops of {RESOLUTION} pixels, batches of {BATCH_SIZE}, "
+        f"{torch.get_num_threads()} threads or worker processes, files in the page cache.",
+        f"Medians of {NUM_ROUNDS} rounds of {NUM_BATCHES} batches, the loaders in turn.",
     ]
     versions = {name: metadata.version(name) for name in ("ffcv", "torchvision", "pillow")}
     results = {"environment": report.environment("cpu") | versions, "rows": rows}

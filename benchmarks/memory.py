@@ -9,33 +9,27 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import report
 from benchmarks.models import MODELS, num_parameters
-from benchmarks.optimizers import available, make_parameters, missing, state_bytes, supports
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from benchmarks.optimizers import DTYPES, available, make_parameters, missing, state_bytes, supports
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--optimizers", nargs="+", choices=available(), default=list(available()))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--output", type=Path, default=Path("results/benchmark_memory"))
     args = parser.parse_args()
 
     rows: list[dict[str, Any]] = []
-    for model in args.models:
-        for dtype in args.dtypes:
+    for model, shapes in MODELS.items():
+        for dtype_name, dtype in DTYPES.items():
             for name in args.optimizers:
-                if not supports(name, DTYPES[dtype], args.device):
+                if not supports(name, dtype, args.device):
                     continue
-                params = make_parameters(MODELS[model], DTYPES[dtype], args.device, seed=0)
+                params = make_parameters(shapes, dtype, args.device, seed=0)
                 optimizer = available()[name](params)
                 for p in params:
                     p.grad = p.detach().clone()
@@ -43,15 +37,15 @@ def main() -> None:
                 rows.append(
                     {
                         "model": model,
-                        "dtype": dtype,
+                        "dtype": dtype_name,
                         "optimizer": name,
                         "state_bytes": state_bytes(optimizer),
-                        "num_parameters": num_parameters(MODELS[model]),
+                        "num_parameters": num_parameters(shapes),
                     }
                 )
 
     # One line per optimizer, one column per model and dtype.
-    cases = [(model, dtype) for model in args.models for dtype in args.dtypes]
+    cases = [(model, dtype_name) for model in MODELS for dtype_name in DTYPES]
     lines = []
     for name in args.optimizers:
         own = {(row["model"], row["dtype"]): row for row in rows if row["optimizer"] == name}
@@ -60,7 +54,7 @@ def main() -> None:
             for case in cases
         ]
         lines.append([name, *shares])
-    headers = ["optimizer", *(f"{model}, {dtype}" for model, dtype in cases)]
+    headers = ["optimizer", *map(", ".join, cases)]
     notes = [
         "Bytes of state a parameter after one step; parameters and gradients not counted.",
         f"Not installed: {', '.join(missing()) or 'none'}.",

@@ -14,6 +14,7 @@ from microadam import MicroAdam
 Parameters = Sequence[torch.nn.Parameter]
 Factory = Callable[[Parameters], Optimizer]
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASELINE = "AdamW (fused)"
 ORIGINAL = "original MicroAdam"
 NOT_BUILT_FOR_SPEED = ("GaLore", "CAME")  # the first would spend minutes in decompositions

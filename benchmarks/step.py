@@ -33,6 +33,7 @@ from benchmarks.models import (
 )
 from benchmarks.optimizers import (
     BASELINE,
+    DTYPES,
     Factory,
     available,
     make_parameters,
@@ -49,7 +50,6 @@ MAX_WAITING = 0.02  # of a quiet round
 SECTOR_BYTES = 32  # granularity of access to a GPU's memory
 ALL_MODELS = MODELS | LARGE_MODELS | SMALL_MODELS
 ALL_MODELS |= {new: MODELS[of] for new, of in SPARSE_MODELS.items()}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def timed(function: Callable[[], object], device: str) -> float:
