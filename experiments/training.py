@@ -114,8 +114,8 @@ def train(
             totals=dataclasses.asdict(totals),
             schedule=schedule.state_dict(),
         )
-        is_sharded = config.hardware.parallel == "fsdp2"
-        checkpoints.save(run.checkpoints, progress, task.model, optimizer, is_sharded)
+        is_fsdp2 = config.hardware.parallel == "fsdp2"
+        checkpoints.save(run.checkpoints, progress, task.model, optimizer, is_sharded=is_fsdp2)
         totals.checkpoint_s += time.perf_counter() - started
 
     release = None
@@ -152,18 +152,17 @@ def train(
                 refresh=False,
             )
             bar.update()
-            (num_signals,) = distributed.summed(interruption.signal_name is not None)
+            is_interrupted = interruption.has_come()
             if (
                 num_done % training.checkpoint_every_steps == 0
                 or num_done == last_step
-                or num_signals
+                or is_interrupted
                 or _is_evaluated(config, num_done)
             ):
                 save_checkpoint(num_done)
-            if num_signals:
+            if is_interrupted:
                 interruption.exit(f"a checkpoint was written at step {num_done}")
-    (num_signals,) = distributed.summed(interruption.signal_name is not None)
-    if num_signals:  # it came while the last checkpoint was written
+    if interruption.has_come():  # while the last checkpoint was written
         interruption.exit("the last checkpoint was written")
     return num_done, totals
 

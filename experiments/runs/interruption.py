@@ -2,8 +2,8 @@
 
 During training they take effect after the current step, once a checkpoint is written; a second
 Ctrl-C does not wait. At other times, as in an evaluation between steps, nothing would be lost, so
-they end the process at once. After
-the cluster's signals it exits with `EXIT_CODE`, which a batch script reads as "queue me again".
+they end the process at once. After the cluster's signals it exits with `EXIT_CODE`, which a batch
+script reads as "queue me again".
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ class Interruption:
                 raise KeyboardInterrupt
             # Not print, which may itself have been interrupted.
             os.write(2, b"\nwriting a checkpoint after this step; Ctrl-C again stops at once\n")
+
+    def has_come(self) -> bool:
+        """Whether a signal has reached any of the processes; call it on all of them."""
+        (num_signals,) = distributed.summed(self.signal_name is not None)
+        return num_signals > 0
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
