@@ -46,7 +46,6 @@ FLAGS = (
     "-fno-trapping-math",
     "-Wall",
     "-Wextra",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",  # the stable ABI of torch 2.11
 )
 CUDA_SOURCES = ("cuda/kernel.cu", "cuda/step.cpp")
 CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0"
@@ -55,8 +54,8 @@ CUDA_FLAGS = (  # packed.cuh needs subnormal numbers: never add -ftz=true
     "-O3",
     "-fmad=false",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
 )
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
 # choose_kernel() in cpu/step.cpp checks the machine for the same features. The AVX-512 kernel uses
 # 512-bit intrinsics where they pay; the loops the compiler vectorizes are too short for 512 bits.
 AVX2_FLAGS = ("-mavx2", "-mf16c", "-mbmi", "-mpopcnt")
@@ -196,7 +195,7 @@ def build_native(objects: Path, target: Path) -> None:
         raise CannotBuildError("it is built on Linux and macOS only")
     compiler, torch = find_compiler(), find_torch()
     sanitize = os.environ.get("MICROADAM_SANITIZE") == "1"
-    torch_flags = ["-isystem", str(torch / "include")]
+    torch_flags = [TORCH_TARGET, "-isystem", str(torch / "include")]
     torch_flags += ["-isystem", str(torch / "include/torch/csrc/api/include")]
     objects.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
