@@ -25,7 +25,7 @@ from experiments import (
     tasks,
     training,
 )
-from experiments.config import RunConfig, without_places
+from experiments.config import RunConfig
 from experiments.errors import require
 from experiments.hardware import Hardware
 from experiments.models import activations
@@ -33,6 +33,7 @@ from experiments.parallel import Parallel
 from experiments.runs import checkpoints, interruption
 from experiments.runs.checkpoints import Checkpoint
 from experiments.runs.folder import RunFolder
+from experiments.runs.identity import without_places
 from experiments.runs.interruption import Interruption
 from experiments.runs.mirror import Mirror
 from experiments.runs.provenance import provenance

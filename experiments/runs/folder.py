@@ -28,9 +28,10 @@ from typing import IO, Any
 import yaml
 
 from experiments import atomic
-from experiments.config import RunConfig, run_hash
+from experiments.config import RunConfig
 from experiments.errors import ExperimentError
 from experiments.runs import reading
+from experiments.runs.identity import run_hash
 
 _LOCK_PATIENCE_S = 1.0  # `experiments.status` holds a lock for an instant to see if it is free
 

@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from experiments import tasks
-from experiments.config import run_hash
 from experiments.errors import ExperimentError
 from experiments.models import pretrained
 from experiments.optimizers import MicroAdamConfig
+from experiments.runs.identity import run_hash
 from run import command_line, completed
 from tests.experiments.helpers import ROOT, Compose
 

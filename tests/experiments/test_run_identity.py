@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from experiments import hardware
-from experiments.config import run_hash
 from experiments.errors import ExperimentError
 from experiments.runner import _command, execute
 from experiments.runs.folder import RunFolder
+from experiments.runs.identity import run_hash
 from tests.experiments.helpers import (
     BRIEF,
     ROOT,
