@@ -22,7 +22,6 @@ Indices = npt.NDArray[np.int64]
 
 SHARED_WINDOW = 1 << 60
 PARAM_WINDOW = 2 << 60
-SPACES = ("global", "shared", "param")
 
 
 @dataclass
