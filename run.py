@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import atomic, config, hub
-from experiments.errors import ExperimentError, require, resume_hint
+from experiments.errors import ExperimentError, resume_hint
 from experiments.optimizers import OPTIMIZERS
 from experiments.runs import sweeps
 
@@ -82,26 +82,24 @@ def completed(overrides: Sequence[str]) -> list[str]:
         if "=" not in error.override:
             remedy = "must be key=value"
         raise ExperimentError(f"{error.override}: cannot be read; {remedy}") from error
-    values = {override.key_or_group: override.input_line for override in parsed}
+    names = {override.key_or_group for override in parsed}
+    tasks = [task for o in parsed if o.key_or_group == "task" for task in _values_of(o)]
+    has_images = bool(tasks) and all(task == "imagenet" for task in tasks)
     choices = groups()
-    has_images = "task" in values and all(
-        task == "imagenet" for o in parsed if o.key_or_group == "task" for task in _values_of(o)
-    )
     for override in parsed:
-        name, value = override.key_or_group, override.value()
+        name = override.key_or_group
         if not name:
             raise ExperimentError(f"{override.input_line}: there is no key before the =")
-        for choice in _values_of(override) if name in choices and not override.is_delete() else ():
-            if choice is None or isinstance(choice, int | float):  # Hydra would print a traceback
+        if name in choices and not override.is_delete():
+            # Hydra would print a traceback.
+            if any(v is None or isinstance(v, int | float) for v in _values_of(override)):
                 known = ", ".join(choices[name])
                 raise ExperimentError(f"{override.input_line}: choose one of {known}")
-        require(
-            not name.startswith("images.") or has_images,
-            name,
-            value,
-            "only task=imagenet has images; leave it out",
-        )
-    if "training.epochs" in values and "training.max_steps" not in values:
+        elif name.startswith("images.") and not has_images:
+            raise ExperimentError(
+                f"{override.input_line}: only task=imagenet has images; leave it out"
+            )
+    if "training.epochs" in names and "training.max_steps" not in names:
         overrides.append("training.max_steps=null")
     return overrides
 
