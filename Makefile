@@ -6,7 +6,7 @@ SCALE ?= mini
 HARDWARE ?= auto
 
 BIN := $(VENV)/bin
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo table1 table2 table3 table4 memory-table figures report docs screenshot test lint format oldest-torch sanitize sanitize-gpu fuzz soak benchmark studies clean
@@ -61,12 +61,12 @@ lint: setup  ## ruff, mypy, and clang-format over csrc
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run --Werror $(CXX_FILES))
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: setup  ## rewrite the sources the way lint wants them
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .
-	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 oldest-torch: setup  ## compile the native step against the oldest torch that is supported (80 MB to download)
 	PYTHON=$(BIN)/python scripts/oldest_torch.sh
