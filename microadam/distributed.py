@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from microadam import reference
-from microadam.layout import BlockLayout, Geometry
+from microadam.layout import BlockLayout, layout_of
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -111,16 +111,6 @@ def is_sharded(t: Tensor) -> TypeGuard[DTensor]:
 def local(t: Tensor) -> Tensor:
     """This process's part of a DTensor, sharing its memory; any other tensor itself."""
     return t.to_local() if is_sharded(t) else t
-
-
-def geometry_of(group: Mapping[str, Any]) -> Geometry:
-    """The hyperparameters of a parameter group that determine its division into blocks."""
-    return group["window_size"], group["density"], group["bucket_size"], group["block_size"]
-
-
-def layout_of(numel: int, group: Mapping[str, Any]) -> BlockLayout:
-    """How ``numel`` elements are split into blocks under a parameter group's hyperparameters."""
-    return BlockLayout.of(numel, *geometry_of(group))
 
 
 def by_shard(saved: Mapping[str, Any], param_shape: tuple[int, ...]) -> dict[Shard, Any]:

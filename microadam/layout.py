@@ -6,15 +6,26 @@ Every shape, dtype and byte count of the optimizer state is determined here and 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 
-MAX_BLOCK_SIZE = 32_768  # an index within a block must fit int16
-
 # (window_size, density, bucket_size, block_size): with numel, this determines a layout.
 Geometry = tuple[int, float, int, int]
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, of Python or NumPy."""
+    return isinstance(value, Real)
+
+
+def is_int(value: object) -> bool:
+    """Whether it is an integer, of Python or NumPy, and not a truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,9 @@ class BlockLayout:
     ``block_size``; Top-K works within a block. Each block consists of *buckets* of ``bucket_size``
     elements that share one quantization range. The last block and the last bucket may be shorter.
     (Paper, section 3: "Efficient Implementation".) `microadam.MicroAdam` explains the arguments.
+
+    Raises:
+        ValueError: names an argument, its value, and what it must be.
     """
 
     numel: int
@@ -52,6 +66,31 @@ class BlockLayout:
     density: float = 0.01
     bucket_size: int = 64
     block_size: int = 4096
+
+    def __post_init__(self) -> None:
+        def require(is_valid: bool, name: str, remedy: str) -> None:
+            if not is_valid:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be {remedy}")
+
+        window_size, density = self.window_size, self.density
+        bucket_size, block_size = self.bucket_size, self.block_size
+        require(is_int(window_size) and window_size >= 1, "window_size", "an integer of 1 or more")
+        require(
+            is_number(density) and 0 < float(density) <= 1,
+            "density",
+            "a number greater than 0 and at most 1",
+        )
+        require(
+            is_int(bucket_size) and bucket_size >= 2 and bucket_size % 2 == 0,
+            "bucket_size",
+            "an even integer of 2 or more (two 4-bit codes share a byte)",
+        )
+        require(
+            is_int(block_size) and 0 < block_size <= 32_768 and block_size % bucket_size == 0,
+            "block_size",
+            f"a multiple of bucket_size={bucket_size} and at most 32768, so that an index inside a "
+            "block fits int16",
+        )
 
     @classmethod
     @cache
@@ -121,3 +160,13 @@ class BlockLayout:
             name: torch.zeros(shape, dtype=dtype, device=device)
             for name, (shape, dtype) in self.state_spec.items()
         }
+
+
+def geometry_of(group: Mapping[str, Any]) -> Geometry:
+    """The hyperparameters of a parameter group that determine its division into blocks."""
+    return group["window_size"], group["density"], group["bucket_size"], group["block_size"]
+
+
+def layout_of(numel: int, group: Mapping[str, Any]) -> BlockLayout:
+    """How ``numel`` elements are split into blocks under a parameter group's hyperparameters."""
+    return BlockLayout.of(numel, *geometry_of(group))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from microadam import reference
-from microadam.layout import MAX_BLOCK_SIZE, BlockLayout
+from microadam.layout import BlockLayout
 from microadam.reference import StepArguments
 
 BACKEND_VARIABLE = "MICROADAM_BACKEND"
@@ -208,15 +208,6 @@ def _plain_torch_step(*values: Any) -> None:
 def _check_arguments(*values: Any) -> None:
     """All checks of the operator; torch runs this when it traces a graph."""
     args = StepArguments(*values)
-    if args.bucket_size < 2 or args.bucket_size % 2:
-        raise ValueError(f"bucket_size={args.bucket_size}: must be an even integer of 2 or more")
-    if not 0 < args.block_size <= MAX_BLOCK_SIZE or args.block_size % args.bucket_size:
-        raise ValueError(
-            f"block_size={args.block_size}: must be a multiple of bucket_size={args.bucket_size} "
-            f"and at most {MAX_BLOCK_SIZE}"
-        )
-    if not 0 < args.density <= 1:
-        raise ValueError(f"density={args.density}: must be greater than 0 and at most 1")
     if not 0 <= args.alpha < 1:
         raise ValueError(f"alpha={args.alpha}: must be at least 0 and less than 1")
     device = args.num_skipped_blocks.device

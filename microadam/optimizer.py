@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from microadam import distributed, ops
 from microadam.distributed import Shard
-from microadam.layout import BlockLayout, Geometry
+from microadam.layout import BlockLayout, Geometry, geometry_of, layout_of
 from microadam.reference import StepArguments
 from microadam.self_test import check_kernel
 from microadam.validation import (
@@ -172,7 +172,7 @@ class MicroAdam(Optimizer):
         calls: list[tuple[dict[str, Any], list[_Item]]] = []
         num_params = num_cached = 0
         for group in self.param_groups:
-            geometry = distributed.geometry_of(group)
+            geometry = geometry_of(group)
             batches: dict[tuple[Any, ...], list[_Item]] = {}
             for ordinal, p in enumerate(group["params"], num_params):
                 grad = p.grad
@@ -205,7 +205,7 @@ class MicroAdam(Optimizer):
         """What `step` does for one parameter; gradient release calls it in the backward pass."""
         check_dtype(p, f"parameter {ordinal}")
         check_gradient(grad, ordinal)
-        batch = [self._item_of(p, grad, p.device, distributed.geometry_of(group), ordinal)]
+        batch = [self._item_of(p, grad, p.device, geometry_of(group), ordinal)]
         self._step_batch(group, batch)
 
     def _item_of(
@@ -445,7 +445,7 @@ class MicroAdam(Optimizer):
                 if state_dict["state"].get(index):
                     saved = distributed.by_shard(state_dict["state"][index], tuple(p.shape))
                     for shard, state in saved.items():
-                        check_state(state, distributed.layout_of(shard.numel, saved_group), index)
+                        check_state(state, layout_of(shard.numel, saved_group), index)
                     state = distributed.assemble(saved, Shard.of(p), saved_group)
                     new_state[p] = {
                         name: value.detach().to(

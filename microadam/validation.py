@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from microadam.layout import MAX_BLOCK_SIZE, BlockLayout
+from microadam.layout import BlockLayout, geometry_of, is_int, is_number
 from microadam.ops import DTYPES
 
 # A smaller eps could be 0 in float32, and a coordinate without a gradient would become 0 / 0.
@@ -110,10 +109,6 @@ def check_state(saved: dict[str, Any], layout: BlockLayout, index: int) -> None:
         )
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def check_hyperparameters(group: dict[str, Any]) -> None:
     """Checks every hyperparameter of a parameter group.
 
@@ -128,7 +123,7 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
     def require_number(name: str, low: float, remedy: str) -> None:
         # NaN compares false, so it is refused here too.
         value = group[name]
-        require(isinstance(value, Real) and low <= float(value) < float("inf"), name, remedy)
+        require(is_number(value) and low <= float(value) < float("inf"), name, remedy)
 
     lr = group["lr"]
     if isinstance(lr, Tensor):
@@ -144,7 +139,7 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
     require(
         isinstance(betas, Sequence)
         and len(betas) == 2
-        and all(isinstance(beta, Real) and 0 <= float(beta) < 1 for beta in betas),
+        and all(is_number(beta) and 0 <= float(beta) < 1 for beta in betas),
         "betas",
         "must be two numbers of at least 0 and less than 1",
     )
@@ -156,40 +151,18 @@ def check_hyperparameters(group: dict[str, Any]) -> None:
     require_number("weight_decay", 0, "must be a finite number of 0 or more")
     alpha = group["alpha"]
     require(
-        isinstance(alpha, Real) and 0 <= float(alpha) < 1,
+        is_number(alpha) and 0 <= float(alpha) < 1,
         "alpha",
         "must be a number of at least 0 and less than 1",
     )
-    window_size = group["window_size"]
-    require(
-        _is_int(window_size) and window_size >= 1, "window_size", "must be an integer of 1 or more"
-    )
-    density = group["density"]
-    require(
-        isinstance(density, Real) and 0 < float(density) <= 1,
-        "density",
-        "must be a number greater than 0 and at most 1",
-    )
-    bucket_size = group["bucket_size"]
-    require(
-        _is_int(bucket_size) and bucket_size >= 2 and bucket_size % 2 == 0,
-        "bucket_size",
-        "must be an even integer of 2 or more (two 4-bit codes share a byte)",
-    )
-    block_size = group["block_size"]
-    require(
-        _is_int(block_size) and 0 < block_size <= MAX_BLOCK_SIZE and block_size % bucket_size == 0,
-        "block_size",
-        f"must be a multiple of bucket_size={bucket_size} and at most {MAX_BLOCK_SIZE}, "
-        "so that an index inside a block fits int16",
-    )
+    BlockLayout(0, *geometry_of(group))  # checks the geometry
     require(
         isinstance(group["stochastic_rounding"], bool),
         "stochastic_rounding",
         "must be True or False",
     )
     require(
-        _is_int(group["seed"]) and 0 <= group["seed"] < 2**64,
+        is_int(group["seed"]) and 0 <= group["seed"] < 2**64,
         "seed",
         "must be an integer of at least 0 and less than 2**64",
     )

@@ -28,8 +28,7 @@ from experiments.studies.finetuning import load
 from experiments.studies.galore_error import error_feedback
 from experiments.studies.variant import pad_to_buckets, round_trip
 from microadam import MicroAdam, reference
-from microadam.distributed import layout_of
-from microadam.layout import BlockLayout
+from microadam.layout import BlockLayout, layout_of
 
 BITS = 4
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from experiments.optimizers.parameterwise import ParameterwiseOptimizer
-from microadam import distributed, reference
-from microadam.layout import BlockLayout, Segment
+from microadam import reference
+from microadam.layout import BlockLayout, Segment, geometry_of
 
 
 class MicroAdamVariant(ParameterwiseOptimizer):
@@ -102,7 +102,7 @@ class MicroAdamVariant(ParameterwiseOptimizer):
 
 def layout_of(param: Tensor, group: dict[str, Any]) -> BlockLayout:
     window_size = group["window_size"] or 1
-    return distributed.layout_of(param.numel(), group | {"window_size": window_size})
+    return BlockLayout.of(param.numel(), *geometry_of(group | {"window_size": window_size}))
 
 
 def round_trip(residual: Tensor, bits: int, is_stochastic: bool = False) -> Tensor:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from microadam import MicroAdam
-from microadam.distributed import Shard, assemble, layout_of
+from microadam.distributed import Shard, assemble
+from microadam.layout import layout_of
 from tests.microadam.helpers import SMALL_BLOCKS, assert_same, new_parameter, set_gradient
 from tests.processes import run_on_ranks
 

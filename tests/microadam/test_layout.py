@@ -66,3 +66,12 @@ def test_state_of_a_large_parameter_takes_less_than_a_byte_an_element() -> None:
 def test_equal_arguments_share_one_layout() -> None:
     """A layout is looked up at every step of every parameter; its properties are computed once."""
     assert BlockLayout.of(1000, 10, 0.01, 64, 4096) is BlockLayout.of(1000, 10, 0.01, 64, 4096)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("window_size", 0), ("density", 0.0), ("bucket_size", 63), ("block_size", 65_536)],
+)
+def test_an_impossible_geometry_is_refused(argument: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{argument}={value}: must be "):
+        BlockLayout(1000, **{argument: value})

@@ -142,7 +142,7 @@ def test_fake_refuses_tensors_that_do_not_fit(damage: Callable[[Run], None], mes
         ({"bucket_size": 63}, "bucket_size=63: must be an even"),
         ({"block_size": 100}, "block_size=100: must be a multiple of bucket_size=64"),
         ({"block_size": 65_536}, "at most 32768"),
-        ({"density": 0.0}, "density=0.0: must be greater than 0"),
+        ({"density": 0.0}, "density=0.0: must be a number greater than 0"),
         ({"alpha": 1.0}, "alpha=1.0: must be at least 0 and less than 1"),
         ({"lr_tensor": torch.tensor(1)}, "lr_tensor is a tensor of torch.int64"),
         ({"ordinals": [0]}, "ordinals has 1 entries"),
