@@ -4,9 +4,10 @@ Without a C++ compiler or torch, the package is still installed and steps in pla
 names the compiler; ``MICROADAM_SANITIZE=1`` builds for ``make sanitize``.
 
 If there is a GPU, and an nvcc of torch's CUDA version, the CUDA kernels are built too, for this
-machine's GPUs: that in ``CUDA_HOME``, else pip's (``pip install "cuda-toolkit[nvcc]"``), else the
-one on the path. ``MICROADAM_CUDA_ARCHITECTURES="8.0 9.0"`` requests those architectures instead,
-``all`` every one listed below; if a requested one cannot be built, the build fails.
+machine's GPUs: by the one in ``CUDA_HOME``, pip's (``pip install "cuda-toolkit[nvcc]"``) or the one
+on the path, the first of that version. ``MICROADAM_CUDA_ARCHITECTURES="8.0 9.0"`` requests those
+architectures instead, ``all`` every one listed below; if a requested one cannot be built, the build
+fails.
 
 The library is built against torch's stable ABI and does not depend on the Python version, so one
 wheel is tagged for all of them.
@@ -49,6 +50,7 @@ FLAGS = (
 )
 CUDA_SOURCES = ("cuda/kernel.cu", "cuda/step.cpp")
 CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0"
+OLDEST_CAPABILITY = (8, 0)  # the first GPUs with instructions for bfloat16
 CUDA_FLAGS = (  # packed.cuh needs subnormal numbers: never add -ftz=true
     "-std=c++17",
     "-O3",
@@ -110,31 +112,38 @@ def run(command: list[str]) -> None:
 
 
 def find_nvcc() -> str:
+    """The first nvcc of torch's CUDA version; if there is none, the first of any version."""
     if os.environ.get("MICROADAM_SANITIZE") == "1":
         raise CannotBuildError("MICROADAM_SANITIZE=1 is for the CPU")
     import torch
 
     if torch.version.cuda is None:
         raise CannotBuildError("this torch was built without CUDA")
+    major = torch.version.cuda.split(".")[0]
+    of_pip = Path(torch.__file__).parents[1] / f"nvidia/cu{major}/bin"
+    folders = [str(of_pip), os.environ.get("PATH", os.defpath)]
     home = os.environ.get("CUDA_HOME")
     if home:
-        folders = f"{home}/bin"
-    else:
-        major = torch.version.cuda.split(".")[0]
-        of_pip = Path(torch.__file__).parents[1] / f"nvidia/cu{major}/bin"
-        folders = os.pathsep.join([str(of_pip), os.environ.get("PATH", os.defpath)])
-    nvcc = shutil.which("nvcc", path=folders)
-    if nvcc is None:
+        folders.insert(0, f"{home}/bin")
+        if shutil.which("nvcc", path=folders[0]) is None:
+            raise CannotBuildError(f"no nvcc was found in {home}/bin, which CUDA_HOME names")
+    found = [nvcc for folder in folders if (nvcc := shutil.which("nvcc", path=folder))]
+    if not found:
         raise CannotBuildError(
-            f"no nvcc was found in {home}/bin, which CUDA_HOME names"
-            if home
-            else 'no nvcc was found (pip install "cuda-toolkit[nvcc]" brings one of CUDA 13)'
+            'no nvcc was found (pip install "cuda-toolkit[nvcc]" brings one of CUDA 13)'
         )
-    return nvcc
+    # CUDA_HOME is often set for a whole machine, whichever torch is in this environment.
+    return next((nvcc for nvcc in found if cuda_version_of(nvcc) == major), found[0])
 
 
 def output_of(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def cuda_version_of(nvcc: str) -> str:
+    """The major version, such as ``"13"``."""
+    version = re.search(r"release (\d+)", output_of([nvcc, "--version"]))
+    return version[1] if version else "(unknown)"
 
 
 def architectures_at_hand(nvcc: str) -> list[str]:
@@ -143,14 +152,21 @@ def architectures_at_hand(nvcc: str) -> list[str]:
 
     if not torch.cuda.is_available():
         raise CannotBuildError("there is no GPU, and MICROADAM_CUDA_ARCHITECTURES names none")
-    version = re.search(r"release (\d+)", output_of([nvcc, "--version"]))
-    if version is None or version[1] != str(torch.version.cuda).split(".")[0]:
-        raise CannotBuildError(
-            f"{nvcc} is of CUDA {version[1] if version else '(unknown)'}, torch of "
-            f"{torch.version.cuda}; to build all the same, set MICROADAM_CUDA_ARCHITECTURES=all"
-        )
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return [f"{major}.{minor}" for major, minor in sorted(capabilities)]
+    supported = [f"{c[0]}.{c[1]}" for c in sorted(capabilities) if c >= OLDEST_CAPABILITY]
+    if not supported:
+        major, minor = max(capabilities)
+        raise CannotBuildError(
+            f"the kernels need a GPU of compute capability 8.0 or newer, this has {major}.{minor}"
+        )
+    version = cuda_version_of(nvcc)
+    if version != str(torch.version.cuda).split(".")[0]:
+        raise CannotBuildError(
+            f"{nvcc} is of CUDA {version}, torch of {torch.version.cuda}: install an nvcc that "
+            'fits (for CUDA 13, pip install "cuda-toolkit[nvcc]"), or build all the same, with '
+            "MICROADAM_CUDA_ARCHITECTURES=all"
+        )
+    return supported
 
 
 def cuda_architecture_flags(nvcc: str) -> list[str]:

@@ -102,7 +102,8 @@ def why_plain_torch(device_type: str) -> str:
         reason = (
             "it was built without CUDA kernels. To build them, install an nvcc of torch's CUDA "
             'version (for CUDA 13, pip install "cuda-toolkit[nvcc]"), then MicroAdam from its '
-            "source with pip install --no-build-isolation"
+            "source with pip install --no-build-isolation: where this GPU is, or with "
+            "MICROADAM_CUDA_ARCHITECTURES=all"
         )
         if not _wanted_backend():  # otherwise the step raises
             warnings.warn(

@@ -332,7 +332,10 @@ class MicroAdam(Optimizer):
         thresholds = torch.zeros(layout.num_blocks, dtype=torch.float32, device=p.device)
         is_real = type(thresholds) is Tensor and not is_compiling
         if p.is_cuda and is_real and ops.native_kernel("cuda"):
-            check_kernel(p.device, p.dtype, grad_dtype, geometry)
+            # torch.compile leaves this method out of its graphs, but would compile the functions it
+            # calls: plain torch for the comparison, at which it fails or takes a minute.
+            check = torch.compiler.disable(check_kernel)  # type: ignore[no-untyped-call]
+            check(p.device, p.dtype, grad_dtype, geometry)
         self._caches[p] = _Cache(made_for, thresholds)
         return self._caches[p]
 

@@ -32,7 +32,51 @@ torch.ops.load_library(sys.argv[1])
 print(torch.ops.microadam.native_kernel("cuda"))
 """
 
+# The choices of setup.py, with GPUs of these capabilities; nothing is built.
+CHOOSE = """
+import ast, runpy, setuptools, sys, torch
+capabilities = ast.literal_eval(sys.argv[1])
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: len(capabilities)
+torch.cuda.get_device_capability = lambda index: capabilities[index]
+setuptools.setup = lambda **_: None
+chosen = runpy.run_path("setup.py")
+nvcc = chosen["find_nvcc"]()
+try:
+    print(nvcc, *chosen["architectures_at_hand"](nvcc), sep="\\n")
+except chosen["CannotBuildError"] as error:
+    print(error)
+"""
+
 pytestmark = pytest.mark.skipif(not NVCC, reason="neither pip nor the path has an nvcc")
+
+
+def choices(capabilities: list[tuple[int, int]], **environment: str) -> list[str]:
+    """The nvcc and the architectures, or why there are none."""
+    unasked = {name: os.environ[name] for name in os.environ if not name.startswith("MICROADAM")}
+    return subprocess.run(
+        [sys.executable, "-c", CHOOSE, str(capabilities)],
+        env=unasked | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+
+
+def test_an_nvcc_that_does_not_fit_torch_is_passed_over(tmp_path: Path) -> None:
+    """CUDA_HOME often names a toolkit of another version, for all of a machine's users."""
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho release 1.0\n", encoding="utf-8")
+    nvcc.chmod(0o755)
+    assert choices([(9, 0)], CUDA_HOME=str(tmp_path)) == [NVCC, "9.0"]
+
+
+def test_old_gpus_do_not_keep_newer_ones_from_their_kernels() -> None:
+    assert choices([(8, 6), (7, 5), (8, 6)]) == [NVCC, "8.6"]
+    (reason,) = choices([(7, 0), (7, 5)])
+    assert reason == "the kernels need a GPU of compute capability 8.0 or newer, this has 7.5"
 
 
 @pytest.mark.parametrize("architecture", ["80", "86", "89", "90", "100", "120"])

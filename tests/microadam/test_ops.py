@@ -97,6 +97,25 @@ def test_a_schedule_does_not_compile_the_step_anew() -> None:
     assert graphs[2:] == [graphs[2]] * 4, graphs
 
 
+def test_self_test_before_a_compiled_step_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor would have failed at the plain torch in it. The CPU pretends to be a GPU."""
+    is_compiled = []
+    native_kernel = ops.native_kernel
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "native_kernel", lambda device_type: native_kernel("cpu") or "CUDA")
+        patch.setattr(Tensor, "is_cuda", property(lambda _: True), raising=False)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(
+            microadam.optimizer,
+            "check_kernel",
+            lambda *_: is_compiled.append(torch.compiler.is_compiling()),
+        )
+        p = torch.nn.Parameter(torch.ones(300))
+        p.grad = torch.ones(300)
+        torch.compile(MicroAdam([p]).step, backend="eager")()
+    assert is_compiled == [False]
+
+
 def on_fake_tensors(args: tuple[Any, ...]) -> None:
     mode = torch._subclasses.FakeTensorMode()
     with mode:
