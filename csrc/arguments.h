@@ -70,7 +70,7 @@ int kept_of(double density, int64_t length) {
 }
 
 struct Gathered {
-  std::vector<Parameter> parameters;  // `first_block` is left 0
+  std::vector<Parameter> parameters;
   int window_size;
 };
 

@@ -20,12 +20,11 @@ struct Parameter {
   uint8_t* error;
   BFloat16* error_min;
   BFloat16* error_max;
-  float* thresholds;    // per block: a magnitude that a few more than k accumulators should reach
-                        // at the next step; 0 before the first
-  int32_t k;            // entries of a window slot: as many as the longest block needs
-  int32_t last_k;       // entries that the last block uses
-  uint32_t ordinal;     // gives each parameter, or shard, random bits of its own
-  int32_t first_block;  // index among the blocks of all parameters that are stepped together
+  float* thresholds;  // per block: a magnitude that a few more than k accumulators should reach
+                      // at the next step; 0 before the first
+  int32_t k;          // entries of a window slot: as many as the longest block needs
+  int32_t last_k;     // entries that the last block uses
+  uint32_t ordinal;   // gives each parameter, or shard, random bits of its own
 };
 
 }  // namespace microadam

@@ -106,7 +106,7 @@ void step_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grad
     p.step_number = ++*p.step;  // only now that all arguments are known to fit
     if (p.numel == 0) continue;
     p.num_blocks = (p.numel + block_size - 1) / block_size;
-    p.first_block = static_cast<int32_t>(num_blocks);
+    p.first_block = num_blocks;
     const double step = static_cast<double>(p.step_number);
     p.factors.first = static_cast<float>((1 - beta1) / (1 - std::pow(beta1, step)));
     p.factors.second = static_cast<float>((1 - beta2) / (1 - std::pow(beta2, step)));

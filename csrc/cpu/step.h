@@ -27,6 +27,7 @@ struct Settings {
 // One parameter, and the numbers of its step.
 struct ParameterStep : Parameter {
   explicit ParameterStep(const Parameter& parameter) : Parameter(parameter) {}
+  int64_t first_block;  // index among the blocks of all parameters that are stepped together
   int64_t num_blocks;
   int64_t step_number;  // including this one
   UpdateFactors factors;

@@ -69,6 +69,7 @@ struct alignas(16) Shared {
   Entry window[kMaxEntries];  // of a RegisterBlock
   uint32_t partial_sums[2][kWarps];
   int parameter;           // of those of the launch: the one that the block belongs to
+  uint32_t index;          // of the block in that parameter
   bool is_register_block;  // else a MemoryBlock
   uint32_t num_candidates;
   bool is_finite;
@@ -156,14 +157,6 @@ class RegisterBlock {
         window_(shared.window),
         first_index_(threadIdx.x / 4 * kBucket + threadIdx.x % 4 * kRun),
         swap_(threadIdx.x / 4 % 2 * 4) {
-    const Grad* grad = static_cast<const Grad*>(block.p.grad) + int64_t{block.index} * kBlock;
-    if (is_aligned(grad, 16)) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) grad_[half] = fetch_run(grad + index_of(half));
-    } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) grad_[half] = fetch_unaligned_run(grad + index_of(half));
-    }
     codes_ = *own_codes();
     error_min_ = *error_min();
     error_max_ = *error_max();
@@ -175,6 +168,15 @@ class RegisterBlock {
       if (static_cast<int>(threadIdx.x) + i * kThreads >= num_entries) break;
       indices_[i] = indices[i * kThreads];
       entry_values_[i] = values[i * kThreads];
+    }
+    // Last, since a run that is not aligned is waited for when it is packed.
+    const Grad* grad = static_cast<const Grad*>(block.p.grad) + int64_t{block.index} * kBlock;
+    if (is_aligned(grad, 16)) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) grad_[half] = fetch_run(grad + index_of(half));
+    } else {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) grad_[half] = fetch_unaligned_run(grad + index_of(half));
     }
   }
 

@@ -233,7 +233,7 @@ __device__ int parameter_of(const Launch& launch, int block) {
   int parameter = 0;
   for (int end = launch.num_parameters; end - parameter > 1;) {
     const int middle = (parameter + end) / 2;
-    (launch.parameters[middle].first_block <= block ? parameter : end) = middle;
+    (launch.first_blocks[middle] <= block ? parameter : end) = middle;
   }
   return parameter;
 }
@@ -247,13 +247,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocksPerSm)
   if (rotated_thread() == 0) {
     clear_candidates(shared);
     shared.parameter = parameter_of(launch, blockIdx.x);
-    const Parameter& p = launch.parameters[shared.parameter];
-    const Block block = Block::of(s, p, blockIdx.x - static_cast<uint32_t>(p.first_block));
+    shared.index = blockIdx.x - static_cast<uint32_t>(launch.first_blocks[shared.parameter]);
+    const Block block = Block::of(s, launch.parameters[shared.parameter], shared.index);
     shared.is_register_block = RegisterBlock<Param, Grad>::can_hold(block);
   }
   __syncthreads();
   const Parameter& p = launch.parameters[shared.parameter];
-  const uint32_t index = blockIdx.x - static_cast<uint32_t>(p.first_block);
+  const uint32_t index = shared.index;
   if (shared.is_register_block) {
     step_block<Param, RegisterBlock<Param, Grad>>({s, p, index, kRegisterBlock, p.k}, shared);
   } else {

@@ -55,14 +55,17 @@ struct Settings {
 constexpr int kMaxParameters = 128;
 constexpr int kMaxArgumentBytes = 16384;
 #else
-constexpr int kMaxParameters = 32;
+constexpr int kMaxParameters = 31;
 constexpr int kMaxArgumentBytes = 4096;
 #endif
 
 struct Launch {
   Settings settings;
-  Parameter parameters[kMaxParameters];
   int num_parameters;
+  // Index of each parameter's first block in the launch. A table of its own, since every thread
+  // block searches it before anything else: it stays in the cache of constants.
+  int first_blocks[kMaxParameters];
+  Parameter parameters[kMaxParameters];
 };
 static_assert(sizeof(Launch) <= kMaxArgumentBytes, "arguments have no room for as many parameters");
 

@@ -98,9 +98,8 @@ void step_cuda(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
   for (const Parameter& p : parameters) {
     const int64_t count = num_blocks_of(p);
     if (launch.num_parameters == kMaxParameters || num_blocks + count > INT32_MAX) flush();
-    Parameter& entry = launch.parameters[launch.num_parameters++];
-    entry = p;
-    entry.first_block = static_cast<int>(num_blocks);
+    launch.first_blocks[launch.num_parameters] = static_cast<int>(num_blocks);
+    launch.parameters[launch.num_parameters++] = p;
     num_blocks += count;
   }
   flush();
