@@ -168,6 +168,19 @@ def has_ffcv() -> bool:
     return True
 
 
+def num_workers(device: torch.device) -> int:
+    """How many threads or processes decode images for this process.
+
+    On a CPU, where they take turns with torch, as many as torch has threads. Beside a GPU, all
+    cores, or this process's share of them: torchrun leaves each process one thread of torch.
+    """
+    if device.type == "cpu":
+        return torch.get_num_threads()
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def _converted(config: DatasetConfig, name: str, images: Images) -> Path:
     """The .beton file of the images in the cache; written on first use."""
     from experiments.data import beton

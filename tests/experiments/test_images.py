@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
@@ -339,6 +340,23 @@ def test_ffcv_leaves_torch_its_threads() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.split() == ["2"]
+
+
+def test_beside_a_gpu_images_are_decoded_on_the_share_of_cores_of_each_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torchrun leaves torch one thread in each process, and one thread decoded the images of a GPU
+    that trains on thousands per second."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    gpu = torch.device("cuda", 0)
+    assert images.num_workers(gpu) == 64
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert images.num_workers(gpu) == 8
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    assert images.num_workers(gpu) == 1
+    assert images.num_workers(CPU) == 1  # as many as torch has
 
 
 def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
