@@ -48,6 +48,18 @@ def test_instruction_tuning_of_the_larger_llama_is_planned_without_hub_or_gpu(
         assert words in printed
 
 
+@pytest.mark.parametrize("task", ["gsm8k", "open_platypus", "mnli", "imagenet"])
+def test_the_checkpoints_of_a_run_at_paper_scale_take_minutes_not_hours(
+    composed: Compose, task: str
+) -> None:
+    """Llama-2-7B wrote one of 19 to 38 GiB every 25 steps: 1.7 to 3.4 TiB in all."""
+    config = composed(f"task={task}", *PAPER[1:], f"dataset.root={task}")
+    plan = planning.make(config)
+    num_checkpoints = -(-plan.num_steps // config.training.checkpoint_every_steps)
+    assert num_checkpoints * (plan.param_bytes + plan.adamw_state_bytes) < 2**39
+    assert num_checkpoints > 5
+
+
 def test_at_paper_scale_a_folder_that_lacks_a_split_is_passed_over_for_the_hub(
     composed: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
