@@ -140,6 +140,32 @@ def test_fewer_samples_than_asked_for_are_an_error(
         _evaluate(tiny, harness)
 
 
+@pytest.mark.parametrize(
+    ("choice", "generates"),
+    [(SMOKE, False), (("scale=smoke", "evaluation.limit=1", "evaluation.max_new_tokens=2"), True)],
+)
+def test_only_generation_keeps_keys_and_values(
+    composed: Compose,
+    tiny: models.LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    choice: tuple[str, ...],
+    generates: bool,
+) -> None:
+    """For 32 five-shot prompts of MMLU they took more memory than the weights of Llama-2-7B."""
+    has_cache = []
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        output = type(tiny.model).forward(tiny.model, *arguments, **named)
+        has_cache.append(output.past_key_values is not None)
+        return output
+
+    monkeypatch.setattr(tiny.model, "forward", forward)
+    harness = Harness(composed(*choice).evaluation)
+    _evaluate(tiny, harness)
+    assert set(has_cache) == {generates}
+    assert tiny.model.config.use_cache
+
+
 def test_answers_that_the_model_has_no_room_for_are_refused(
     composed: Compose, tiny: models.LoadedModel
 ) -> None:
