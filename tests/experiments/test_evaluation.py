@@ -166,6 +166,30 @@ def test_only_generation_keeps_keys_and_values(
     assert tiny.model.config.use_cache
 
 
+def test_batches_that_do_not_fit_the_gpu_are_halved(
+    composed: Compose,
+    tiny: models.LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run would fail after its training, and begin from scratch with another batch size."""
+    harness = Harness(composed(*SMOKE, "evaluation.batch_size=8").evaluation)
+    expected = _evaluate(tiny, harness)
+    forward = lm_eval.models.huggingface.HFLM._model_call
+
+    def limited(self: Any, inputs: torch.Tensor, **named: Any) -> torch.Tensor:
+        if len(inputs) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, inputs, **named)
+
+    monkeypatch.setattr("experiments.evaluation.HFLM._model_call", limited)
+    capsys.readouterr()
+    assert _evaluate(tiny, harness) == pytest.approx(expected)
+    printed = capsys.readouterr().out
+    assert "trying batches of 4\n" in printed
+    assert "trying batches of 2\n" in printed
+
+
 def test_answers_that_the_model_has_no_room_for_are_refused(
     composed: Compose, tiny: models.LoadedModel
 ) -> None:
