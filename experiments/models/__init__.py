@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
@@ -151,10 +152,16 @@ def _loading(config: ModelConfig, location: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: an unknown model type or tokenizer
+        access = "go online with access to it"
+        if isinstance(error.__cause__, GatedRepoError):
+            access = (
+                f"accept its terms at https://huggingface.co/{location}, then run hf auth login "
+                "or set HF_TOKEN"
+            )
         raise ExperimentError(
             f"model {config.title} could not be loaded from {location} "
-            f"({reason(error)}): go online with access to it, give a folder with "
-            "model.path=FOLDER, or use model.weights=random"
+            f"({reason(error)}): {access}, give a folder with model.path=FOLDER, or use "
+            "model.weights=random"
         ) from error
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import GatedRepoError
 from lm_eval.models.huggingface import HFLM
 from transformers import BertConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -136,4 +137,21 @@ def test_a_folder_that_is_no_continuing_models_is_refused(
         models.load_causal_lm(config)
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ExperimentError, match=r"could not be loaded .*no file named model"):
+        models.load_causal_lm(config)
+
+
+def test_weights_whose_terms_were_not_accepted_say_where_to_and_how_to_log_in(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class GatedError(GatedRepoError):
+        def __init__(self) -> None:  # without the hub's response
+            OSError.__init__(self, "401 Client Error")
+
+    def download(*_: object, **__: object) -> None:
+        raise GatedError
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", download)
+    config = composed("scale=paper").model
+    words = r"accept its terms at https://huggingface.co/meta-llama/Llama-2-7b-hf, .* hf auth login"
+    with pytest.raises(ExperimentError, match=words):
         models.load_causal_lm(config)
