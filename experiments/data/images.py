@@ -169,16 +169,17 @@ def has_ffcv() -> bool:
 
 
 def num_workers(device: torch.device) -> int:
-    """How many threads or processes decode images for this process.
+    """How many threads or processes decode images for this process: as many as torch has threads.
 
-    On a CPU, where they take turns with torch, as many as torch has threads. Beside a GPU, all
-    cores, or this process's share of them: torchrun leaves each process one thread of torch.
+    torchrun leaves each of several processes one, which suits GPUs but not their images: there it
+    is an equal share of the cores.
     """
-    if device.type == "cpu":
-        return torch.get_num_threads()
+    num_threads = torch.get_num_threads()
+    if device.type == "cpu" or "LOCAL_WORLD_SIZE" not in os.environ:
+        return num_threads
     has_affinity = hasattr(os, "sched_getaffinity")
     num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(1, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(num_threads, num_cores // int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
 def _converted(config: DatasetConfig, name: str, images: Images) -> Path:
