@@ -234,6 +234,9 @@ class Sweep(Callback):
             print(f"error: job {job} failed: {message}", file=sys.stderr)
             result = {"error": message}
             job_return.status = JobStatus.COMPLETED  # otherwise the sweeper would raise it again
+            # Hydra keeps it, and its traceback the job's model and state: on a GPU, a job that ran
+            # out of memory would take the memory of all that follow.
+            job_return.return_value = None
         else:
             result = {"run": outcome}
         overrides = list(config.hydra.overrides.task)

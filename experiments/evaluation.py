@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,7 @@ from typing import Any
 import datasets
 import lm_eval
 import lm_eval.tasks
+import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,14 +110,19 @@ class Harness:
                 f"the model has room for {room} tokens, including the prompt's",
             )
 
-    def _language_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> HFLM:
+    def _language_model(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 1
+    ) -> HFLM:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._config.batch_size)
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, Any]:
         """The harness's metrics for every task; leaves the model in evaluation mode.
+
+        A batch that does not fit the GPU is halved, which changes a score by rounding at most: an
+        error would come after the training, of which another batch size makes another run.
 
         Returns:
             Scores and, given at least two samples, standard errors, by
@@ -128,7 +135,6 @@ class Harness:
         """
         if not self._tasks:
             return {}
-        lm = self._language_model(model, tokenizer)
         datasets.disable_progress_bars()
         with TemporaryDirectory() as folder:
             for name, tasks in self._tasks.items():
@@ -143,17 +149,32 @@ class Harness:
                 if task.OUTPUT_TYPE == "generate_until":
                     limit = {"max_gen_toks": self._config.max_new_tokens}
                     task.set_config("generation_kwargs", limit, update=True)
-            # Not simple_evaluate, which also seeds every generator and runs git in this folder.
-            results = lm_eval.evaluate(
-                lm,
-                loaded,
-                limit=self._config.limit,
-                log_samples=False,
-            )
+            batch_size = self._config.batch_size
+            while (results := self._results(model, tokenizer, loaded, batch_size)) is None:
+                batch_size //= 2
+                print(f"evaluation: out of GPU memory; trying batches of {batch_size}", flush=True)
         metrics: dict[str, Any] = {}
         for name in self._tasks:
             metrics |= {f"{name}/{k}": v for k, v in self._metrics(name, results).items()}
         return metrics
+
+    def _results(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        loaded: Any,
+        batch_size: int,
+    ) -> Any:
+        """What the harness returns; None if batches of that size do not fit the GPU."""
+        lm = self._language_model(model, tokenizer, batch_size)
+        try:
+            with _without_cache(model):
+                # Not simple_evaluate, which also seeds every generator and runs git in this folder.
+                return lm_eval.evaluate(lm, loaded, limit=self._config.limit, log_samples=False)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            return None
 
     def _write_group(self, name: str, folder: Path) -> None:
         """Writes a group of the members that have rows, averaged in the harness's own way."""
@@ -191,6 +212,22 @@ class Harness:
             "data_source": self._sources[name],
             "harness": f"lm-eval {lm_eval.__version__}, {name} v{results['versions'][name]}",
         }
+
+
+@contextmanager
+def _without_cache(model: PreTrainedModel) -> Iterator[None]:
+    """While the block runs, only generation keeps the keys and values of a text: it asks for them.
+
+    The harness reads nothing but logits where it scores given answers, and keys and values take
+    more memory than all else: with Llama-2-7B 0.5 MiB per token, so tens of GiB for a batch of 32
+    five-shot prompts of MMLU.
+    """
+    uses_cache = getattr(model.config, "use_cache", True)
+    model.config.use_cache = False
+    try:
+        yield
+    finally:
+        model.config.use_cache = uses_cache
 
 
 def _load(name: str, config: HarnessTaskConfig) -> tuple[str, list[_Task]]:

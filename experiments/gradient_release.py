@@ -14,7 +14,11 @@ from microadam import MicroAdam, enable_gradient_release
 
 
 class ReleasedStep:
-    """Once created, every backward pass steps ``model``; `finish` ends the step."""
+    """Once created, every backward pass steps ``model``; `finish` ends the step.
+
+    Use it as a context manager: hooks of parameters keep the model and the optimizer's state in
+    memory until the process ends, where Python's garbage collector does not see them.
+    """
 
     def __init__(
         self,
@@ -30,11 +34,18 @@ class ReleasedStep:
         self._started: Any = None
         # Hooks run in the order they were registered: the release comes between the two clocks.
         params = [p for p in model.parameters() if p.requires_grad]
-        for p in params:
-            p.register_post_accumulate_grad_hook(self._before)
-        enable_gradient_release(model, optimizer, max_param_grad_norm=config.max_param_grad_norm)
-        for p in params:
-            p.register_post_accumulate_grad_hook(self._after)
+        before = [p.register_post_accumulate_grad_hook(self._before) for p in params]
+        bound = config.max_param_grad_norm
+        release = enable_gradient_release(model, optimizer, max_param_grad_norm=bound)
+        after = [p.register_post_accumulate_grad_hook(self._after) for p in params]
+        self._handles: list[Any] = [*before, release, *after]
+
+    def __enter__(self) -> ReleasedStep:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def _before(self, p: Tensor) -> None:
         if p.grad is not None:

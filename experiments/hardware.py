@@ -67,6 +67,12 @@ class Hardware:
         unit = 1 if platform.system() == "Darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+    def total_bytes(self) -> int | None:
+        """The GPU's memory; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.get_device_properties(self.device).total_memory
+
     def describe(self) -> dict[str, object]:
         """The names and counts of the hardware, for the record."""
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None

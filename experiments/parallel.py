@@ -49,7 +49,9 @@ class Parallel:
             self._without_weights = _with_parameters(task.model, on_meta)
             _shard(module, hardware)
         elif distributed.is_distributed():
-            self.loss_sum = DistributedDataParallel(module)
+            # Otherwise it holds all gradients a second time, in the buckets that it sends; several
+            # micro-batches still do until the last of them.
+            self.loss_sum = DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def micro_step(self, is_last: bool) -> AbstractContextManager[None]:
         """Around the forward and backward pass of each micro-batch of a step."""

@@ -30,6 +30,7 @@ from experiments.errors import require
 from experiments.hardware import Hardware
 from experiments.models import activations
 from experiments.parallel import Parallel
+from experiments.report import formats
 from experiments.runs import checkpoints, interruption
 from experiments.runs.checkpoints import Checkpoint
 from experiments.runs.folder import RunFolder
@@ -102,6 +103,7 @@ def _run(
     torch.manual_seed(config.seed)
     chosen_task = tasks.chosen(config)
     optimizers.check(config.optimizer)
+    _require_room(chosen_task, config, machine)
     if is_first:
         run.start(config)
         print(f"loading {config.dataset.name} and {config.model.title}", flush=True)
@@ -149,6 +151,29 @@ def _run(
         if mirror is not None:
             mirror.summarize(record)
     return record
+
+
+def _require_room(task: type[tasks.Task], config: RunConfig, machine: Hardware) -> None:
+    """Rejects what the GPU has no room for even without activations, before anything is loaded.
+
+    Otherwise its memory would run out in the first step, after the model's first evaluation.
+    """
+    available = machine.total_bytes()
+    if available is None or config.hardware.parallel == "fsdp2":
+        return
+    model = task.plan_model(config, machine.param_dtype)
+    weight_bytes = sum(p.nbytes for p in model.parameters())
+    needed = weight_bytes + config.optimizer.state_bytes(model)
+    if not config.training.gradient_release:
+        needed += weight_bytes
+    require(
+        needed <= available,
+        "optimizer",
+        config.optimizer.name,
+        f"weights, gradients and state of {config.model.title} take {formats.size(needed)}, more "
+        f"than the GPU's {formats.size(available)}; choose another optimizer or model, or several "
+        "GPUs with hardware.parallel=fsdp2",
+    )
 
 
 def _train_and_evaluate(

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +126,7 @@ def train(
     if not setup.hardware.forget_peak():
         totals.peak_memory_of = "process"
     bar = progress_bar("train", last_step, "step", initial=num_done, disable=rank > 0)
-    with bar, interruption.deferred():
+    with release or nullcontext(), bar, interruption.deferred():
         batches_of_steps = task.steps(order, num_done, last_step)
         for step in range(num_done, last_step):
             if _is_evaluated(config, step):  # a checkpoint was written

@@ -6,6 +6,7 @@ one layer's do. AdaLomo and LOMO (arXiv:2306.09782) call this a fused backward p
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection
 from functools import partial
 from typing import Any, NoReturn
@@ -20,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from microadam.distributed import is_sharded
 from microadam.optimizer import MicroAdam
 
-_released = WeakTensorKeyDictionary()  # a set of the parameters that some handle releases
+_released = WeakTensorKeyDictionary()  # the parameters that some handle releases, with its weakref
 
 
 def enable_gradient_release(
@@ -126,7 +127,7 @@ class GradientRelease:
                 ordinal += 1
         if not places:
             raise ValueError("the optimizer holds no parameter of the model that needs a gradient")
-        if any(p in _released for p in places):
+        if any(p in _released and _released[p]() is not None for p in places):
             raise RuntimeError(
                 "gradient release is enabled for a parameter of the model already, and its hook "
                 "would step it too: call remove() of the handle from before"
@@ -138,16 +139,19 @@ class GradientRelease:
                 "or optimizer.zero_grad() first"
             )
         self._placeholders: dict[Tensor, Tensor] = {}
+        # Weak, as the garbage collector does not see into these hooks: parameters would keep the
+        # optimizer, and so themselves, for good. The optimizer's hook keeps the handle.
+        handle = weakref.ref(self)
         self._hooks: list[Any] = [
             p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                partial(self._release, *place)
+                partial(_release, handle, *place)
             )
             for p, place in places.items()
         ]
         self._hooks.append(optimizer.register_step_pre_hook(self._end_step))
         self._params = list(places)
         for p in places:
-            _released[p] = True
+            _released[p] = handle
 
     def remove(self) -> None:
         """Ends gradient release: from the next backward pass, gradients stay until ``step()``."""
@@ -185,6 +189,14 @@ class GradientRelease:
             if p.grad is placeholder:
                 p.grad = None
         self._placeholders.clear()
+
+
+def _release(
+    handle: weakref.ref[GradientRelease], group_index: int, ordinal: int, p: Tensor
+) -> None:
+    release = handle()
+    if release is not None:  # else there is no optimizer either
+        release._release(group_index, ordinal, p)
 
 
 def _placeholder(p: Tensor, dtype: torch.dtype) -> Tensor:

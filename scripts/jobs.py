@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -19,11 +21,25 @@ _PREEMPTED = 75  # its exit code after SIGTERM or SIGUSR1
 class _Job:
     process: subprocess.Popen[bytes]
     log: Path | None
+    gpu: str | None = None  # the one that it sees; None: all
+
+
+def gpus() -> list[str]:
+    """The machine's GPUs as CUDA_VISIBLE_DEVICES names them, or those that it names already."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    listed = subprocess.run([tool, "--list-gpus"], capture_output=True, text=True, check=False)
+    num_gpus = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return [str(number) for number in range(num_gpus)]
 
 
 class Jobs:
     """At most ``limit`` processes at a time; None: any number.
 
+    With several GPUs, each process with a log sees one: that with the fewest other processes.
     Leaving the block waits for all of them. A SIGTERM received in the block is passed on to them.
     """
 
@@ -32,6 +48,7 @@ class Jobs:
         self._folder = folder
         self._running: list[_Job] = []
         self._is_stopped = False
+        self._gpus = gpus()
 
     def __enter__(self) -> Jobs:
         self._handler = signal.signal(signal.SIGTERM, self._pass_on)
@@ -75,11 +92,21 @@ class Jobs:
         log.parent.mkdir(parents=True, exist_ok=True)
         num_threads = max(1, len(os.sched_getaffinity(0)) // (self._limit or 1))
         environment = {"OMP_NUM_THREADS": str(num_threads), **os.environ}
+        gpu = self._idlest_gpu()
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         with log.open("wb") as file:
             process = subprocess.Popen(
                 command, cwd=self._folder, env=environment, stdout=file, stderr=file
             )
-        self._running.append(_Job(process, log))
+        self._running.append(_Job(process, log, gpu))
+
+    def _idlest_gpu(self) -> str | None:
+        """None if there are not several to choose from."""
+        if len(self._gpus) < 2:
+            return None
+        num_jobs = Counter(job.gpu for job in self._running)
+        return min(self._gpus, key=lambda gpu: num_jobs[gpu])
 
     def wait_for_one(self) -> None:
         """Waits until one has ended. Failures need no special handling: they leave no record.

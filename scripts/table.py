@@ -41,6 +41,7 @@ from scripts.jobs import Jobs
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("results")
 _QUEUES = {"submitit_slurm"}  # launchers that only submit jobs: they get all rows at once
+_MAX_TIMEOUTS = 1000
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,10 @@ def _command(runs: list[Run], options: argparse.Namespace) -> list[str]:
     command = [sys.executable, "run.py"]
     if options.launcher is not None:
         command += ["--multirun", f"hydra/launcher={options.launcher}"]
+    if options.launcher in _QUEUES:
+        # At its time limit a job is then queued again, and resumes; otherwise it would fail there,
+        # and from 48 minutes after its start also when it is preempted.
+        command.append(f"hydra.launcher.max_num_timeout={_MAX_TIMEOUTS}")
     if _is_forced(runs[0], options):
         command.append("force=true")
     if options.results_dir != RESULTS:

@@ -28,7 +28,7 @@ from ffcv.transforms import ToDevice, ToTensor, ToTorchImage
 from torch import Tensor
 
 from experiments.config import ImageConfig
-from experiments.data.images import draw_of, num_images_in
+from experiments.data.images import draw_of, num_images_in, num_workers
 
 # FFCV passes its decoders the numbers of the images to read, and nothing else. In training, the
 # upper 32 bits of a number carry the draw of the run and epoch, so that crops can depend on it.
@@ -176,7 +176,8 @@ class OrderedLoader(Loader):
 class FFCVLoader:
     """One split, read from a .beton file; see `experiments.data.images.ImageLoader`.
 
-    FFCV sets torch's number of threads to that of its workers, so it gets as many as torch has.
+    FFCV sets torch's number of threads to that of its workers; on a CPU it gets as many as torch
+    has.
     """
 
     name = "ffcv"
@@ -214,7 +215,7 @@ class FFCVLoader:
             self._loaders[decoder] = OrderedLoader(
                 str(self._path),
                 batch_size,
-                num_workers=min(torch.get_num_threads(), num_cores),
+                num_workers=min(num_workers(self._device), num_cores),
                 drop_last=False,
                 # Nothing that FFCV compiles may come after ToTensor: compilation would never end.
                 pipelines={

@@ -167,6 +167,20 @@ def has_ffcv() -> bool:
     return True
 
 
+def num_workers(device: torch.device) -> int:
+    """How many threads or processes decode images for this process: as many as torch has threads.
+
+    torchrun leaves each of several processes one, which suits GPUs but not their images: there it
+    is an equal share of the cores.
+    """
+    num_threads = torch.get_num_threads()
+    if device.type == "cpu" or "LOCAL_WORLD_SIZE" not in os.environ:
+        return num_threads
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(num_threads, num_cores // int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
 def _converted(config: DatasetConfig, name: str, images: Images) -> Path:
     """The .beton file of the images in the cache; written on first use."""
     from experiments.data import beton

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from experiments.config import ImageConfig
-from experiments.data.images import Images, draw_of
+from experiments.data.images import Images, draw_of, num_workers
 
 
 class _Crops(Dataset):
@@ -75,7 +75,7 @@ class TorchvisionLoader:
         loader: Any = DataLoader(
             _Crops(self._images, self._recipe, resolution, draw),
             batch_sampler=[list(batch) for batch in batches],
-            num_workers=torch.get_num_threads(),
+            num_workers=num_workers(self._device),
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # leaves torch's default generator alone
         )

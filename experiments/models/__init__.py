@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
@@ -50,7 +51,7 @@ _ABILITIES: dict[Any, tuple[str, set[str]]] = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    model: PreTrainedModel  # float32, on the CPU
+    model: PreTrainedModel  # on the CPU
     tokenizer: PreTrainedTokenizerBase
     source: str  # random, or where the weights came from
     revision: str | None  # the hub's commit, if known
@@ -65,24 +66,30 @@ def quieten_transformers() -> None:
         enable_progress_bars()
 
 
-def load_causal_lm(config: ModelConfig) -> LoadedModel:
+def load_causal_lm(config: ModelConfig, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """The model with its tokenizer.
 
     Random weights are drawn from torch's generator, which the caller seeds; they come with a
     byte tokenizer, so nothing needs to be downloaded.
 
+    Args:
+        dtype: of the parameters. Buffers stay float32, as `from_pretrained` keeps them: in
+            bfloat16 the frequencies of rotary embeddings would turn distant tokens too far.
+
     Raises:
         ExperimentError: the weights are not available; the message says how to get them.
     """
-    return _load(config, AutoModelForCausalLM)
+    return _load(config, AutoModelForCausalLM, dtype)
 
 
-def load_classifier(config: ModelConfig, labels: Sequence[str]) -> LoadedModel:
+def load_classifier(
+    config: ModelConfig, labels: Sequence[str], dtype: torch.dtype = torch.float32
+) -> LoadedModel:
     """Like `load_causal_lm`, with a new head that gives each text a score for every label.
 
     The head is drawn from torch's generator too, unless the weights are those of a classifier.
     """
-    return _load(config, AutoModelForSequenceClassification, **_label_settings(labels))
+    return _load(config, AutoModelForSequenceClassification, dtype, **_label_settings(labels))
 
 
 def meta_causal_lm(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -106,20 +113,25 @@ def _label_settings(labels: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _load(config: ModelConfig, model_class: Any, **settings: Any) -> LoadedModel:
+def _load(
+    config: ModelConfig, model_class: Any, dtype: torch.dtype, **settings: Any
+) -> LoadedModel:
     """``settings`` go into the transformers config, whatever the source of the weights."""
     if config.weights == "random":
         _require_ability(config, config.architecture.get("model_type"), model_class)
         tokenizer = byte_tokenizer(config.architecture["vocab_size"])
         # Set before the model is made: its embeddings leave out the padding row.
         settings["pad_token_id"] = tokenizer.pad_token_id
+        # Drawn in float32, so that they are the same in every precision up to rounding.
         model = model_class.from_config(_architecture(config, settings), dtype=torch.float32)
+        for p in model.parameters():
+            p.data = p.data.to(dtype)
         return LoadedModel(model, tokenizer, "random", None)
     location, source = pretrained.locate(config)
     with _loading(config, location):
         own = _saved_config(config, location, model_class, settings)
         pinned = _pinned(config)
-        model = model_class.from_pretrained(location, config=own, dtype=torch.float32, **pinned)
+        model = model_class.from_pretrained(location, config=own, dtype=dtype, **pinned)
         tokenizer = AutoTokenizer.from_pretrained(location, **pinned)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -140,10 +152,16 @@ def _loading(config: ModelConfig, location: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: an unknown model type or tokenizer
+        access = "go online with access to it"
+        if isinstance(error.__cause__, GatedRepoError):
+            access = (
+                f"accept its terms at https://huggingface.co/{location}, then run hf auth login "
+                "or set HF_TOKEN"
+            )
         raise ExperimentError(
             f"model {config.title} could not be loaded from {location} "
-            f"({reason(error)}): go online with access to it, give a folder with "
-            "model.path=FOLDER, or use model.weights=random"
+            f"({reason(error)}): {access}, give a folder with model.path=FOLDER, or use "
+            "model.weights=random"
         ) from error
 
 

@@ -176,9 +176,9 @@ class CausalLM(Task):
         remedy = "there is no test split: hold some rows out"
         require("test" in data.rows, "dataset.num_held_out", config.dataset.num_held_out, remedy)
         self._harness = Harness(config.evaluation)
-        loaded = models.load_causal_lm(config.model)
+        loaded = models.load_causal_lm(config.model, hardware.param_dtype)
         self._tokenizer = loaded.tokenizer
-        self.model = loaded.model.to(hardware.device, hardware.param_dtype)
+        self.model = loaded.model.to(hardware.device)
         self.model_source = loaded.source
         self.model_revision = loaded.revision
         self._harness.check(self.model, self._tokenizer)

@@ -40,9 +40,9 @@ class MNLI(Task):
         data = text.load(config.dataset)
         self.data_source, self.data_digest = data.source, data.digest
         self.data_revision = data.revision
-        loaded = models.load_classifier(config.model, LABELS)
+        loaded = models.load_classifier(config.model, LABELS, hardware.param_dtype)
         self._tokenizer = loaded.tokenizer
-        self.model = loaded.model.to(hardware.device, hardware.param_dtype)
+        self.model = loaded.model.to(hardware.device)
         self.model_source = loaded.source
         self.model_revision = loaded.revision
         self._train = self._encode("train", data.rows["train"])

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import GatedRepoError
 from lm_eval.models.huggingface import HFLM
 from transformers import BertConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments import evaluation, models
 from experiments.errors import ExperimentError
-from experiments.tasks import causal_lm
+from experiments.hardware import Hardware
+from experiments.tasks import causal_lm, chosen
 from experiments.tasks.causal_lm import Example
 from experiments.tasks.gsm8k import GSM8K
 from experiments.tasks.open_platypus import OpenPlatypus
@@ -99,6 +101,31 @@ def test_the_planned_largest_batch_is_as_large_as_a_real_one(tiny: models.Loaded
     assert causal_lm.loss_sum(model, planned).isfinite()
 
 
+@pytest.mark.parametrize("source", ["random", "pretrained"])
+def test_in_bfloat16_the_weights_are_rounded_and_rotary_frequencies_are_not(
+    composed: Compose, tmp_path: Path, source: str
+) -> None:
+    """Rounded, they turned tokens 500 apart by up to half a radian too far; a model that anyone
+    loads in bfloat16 has them in float32, and so was not the one that was trained."""
+    overrides = ["scale=smoke", "dataset.num_train=2"]
+    torch.manual_seed(0)
+    exact = models.load_causal_lm(composed(*overrides).model)
+    if source == "pretrained":
+        models.pretrained.save(exact.model, exact.tokenizer, tmp_path / "model")
+        overrides += [f"model.path={tmp_path / 'model'}", "model.weights=pretrained"]
+    config = composed(*overrides)
+    torch.manual_seed(0)
+    model = chosen(config)(config, Hardware(torch.device("cpu"), "bf16")).model
+    weights = dict(exact.model.named_parameters())
+    for name, p in model.named_parameters():
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(p, weights[name].bfloat16())
+    buffers = dict(exact.model.named_buffers())
+    assert "model.rotary_emb.inv_freq" in buffers
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+
+
 def test_a_folder_that_is_no_continuing_models_is_refused(
     composed: Compose, tmp_path: Path
 ) -> None:
@@ -110,4 +137,21 @@ def test_a_folder_that_is_no_continuing_models_is_refused(
         models.load_causal_lm(config)
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ExperimentError, match=r"could not be loaded .*no file named model"):
+        models.load_causal_lm(config)
+
+
+def test_weights_whose_terms_were_not_accepted_say_where_to_and_how_to_log_in(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class GatedError(GatedRepoError):
+        def __init__(self) -> None:  # without the hub's response
+            OSError.__init__(self, "401 Client Error")
+
+    def download(*_: object, **__: object) -> None:
+        raise GatedError
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", download)
+    config = composed("scale=paper").model
+    words = r"accept its terms at https://huggingface.co/meta-llama/Llama-2-7b-hf, .* hf auth login"
+    with pytest.raises(ExperimentError, match=words):
         models.load_causal_lm(config)

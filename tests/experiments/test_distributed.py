@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,6 +101,32 @@ def test_a_killed_run_goes_on_with_as_many_processes_or_with_one_or_four(
         record = RunFolder(moved).finished_record()
         assert record is not None
         assert record["hardware"]["num_processes"] == world_size
+
+
+def gradients_are_in_buckets(config: RunConfig) -> bool:
+    """Whether all gradients lie in the memory that DDP sends, rather than beside it."""
+    import torch
+
+    from experiments import distributed, hardware
+    from experiments.parallel import Parallel
+
+    def loss_sum(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).sum()
+
+    machine = hardware.resolve(config.hardware)
+    task: Any = SimpleNamespace(model=torch.nn.Linear(64, 64), loss_sum=loss_sum)
+    with distributed.started(config, machine):
+        parallel = Parallel(task, config, machine)
+        parallel.loss_sum(torch.ones(2, 64)).backward()
+        gradients = [p.grad for p in task.model.parameters()]
+        return len({gradient.untyped_storage().data_ptr() for gradient in gradients}) == 1
+
+
+@pytest.mark.distributed
+def test_ddp_does_not_hold_all_gradients_twice(composed: Compose) -> None:
+    """The plan does not count a copy, with which Llama-2-13B would not fit 80 GB."""
+    config = composed("scale=smoke", "hardware=cpu")
+    assert run_on_ranks(2, gradients_are_in_buckets, config) == [True, True]
 
 
 @pytest.mark.distributed

@@ -140,6 +140,56 @@ def test_fewer_samples_than_asked_for_are_an_error(
         _evaluate(tiny, harness)
 
 
+@pytest.mark.parametrize(
+    ("choice", "generates"),
+    [(SMOKE, False), (("scale=smoke", "evaluation.limit=1", "evaluation.max_new_tokens=2"), True)],
+)
+def test_only_generation_keeps_keys_and_values(
+    composed: Compose,
+    tiny: models.LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    choice: tuple[str, ...],
+    generates: bool,
+) -> None:
+    """For 32 five-shot prompts of MMLU they took more memory than the weights of Llama-2-7B."""
+    has_cache = []
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        output = type(tiny.model).forward(tiny.model, *arguments, **named)
+        has_cache.append(output.past_key_values is not None)
+        return output
+
+    monkeypatch.setattr(tiny.model, "forward", forward)
+    harness = Harness(composed(*choice).evaluation)
+    _evaluate(tiny, harness)
+    assert set(has_cache) == {generates}
+    assert tiny.model.config.use_cache
+
+
+def test_batches_that_do_not_fit_the_gpu_are_halved(
+    composed: Compose,
+    tiny: models.LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run would fail after its training, and begin from scratch with another batch size."""
+    harness = Harness(composed(*SMOKE, "evaluation.batch_size=8").evaluation)
+    expected = _evaluate(tiny, harness)
+    forward = lm_eval.models.huggingface.HFLM._model_call
+
+    def limited(self: Any, inputs: torch.Tensor, **named: Any) -> torch.Tensor:
+        if len(inputs) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, inputs, **named)
+
+    monkeypatch.setattr("experiments.evaluation.HFLM._model_call", limited)
+    capsys.readouterr()
+    assert _evaluate(tiny, harness) == pytest.approx(expected)
+    printed = capsys.readouterr().out
+    assert "trying batches of 4\n" in printed
+    assert "trying batches of 2\n" in printed
+
+
 def test_answers_that_the_model_has_no_room_for_are_refused(
     composed: Compose, tiny: models.LoadedModel
 ) -> None:

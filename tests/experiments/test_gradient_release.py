@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from experiments import models, planning
+from experiments import models, planning, training
 from experiments.config import RunConfig
 from experiments.errors import ExperimentError
 from experiments.models import activations
@@ -97,6 +99,24 @@ def test_a_run_with_everything_goes_on_where_it_was_interrupted(
     _assert_same_runs(config, undisturbed)
     committed = next(Path(config.results_dir, "records").glob("*.json"))
     assert json.loads(committed.read_text())["num_steps"] == 4
+
+
+def test_a_run_leaves_no_memory_to_the_next_of_a_sweep(
+    composed: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hooks kept the model and the optimizer's state, so the second job had no room for its."""
+    weights: list[weakref.ref[Tensor]] = []
+    train = training.train
+
+    def watched(setup: training.Setup, *args: Any) -> Any:
+        weights.extend(weakref.ref(p) for p in setup.task.model.parameters())
+        return train(setup, *args)
+
+    monkeypatch.setattr(training, "train", watched)
+    execute(composed(*SHORT, RELEASED, CHECKPOINTED))
+    gc.collect()
+    assert weights
+    assert not any(weight() is not None for weight in weights)
 
 
 @pytest.mark.parametrize(

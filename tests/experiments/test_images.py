@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
@@ -339,6 +340,24 @@ def test_ffcv_leaves_torch_its_threads() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.split() == ["2"]
+
+
+def test_under_torchrun_a_gpu_gets_its_images_from_its_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torchrun leaves torch one thread in each process, and one thread decoded the images of a GPU
+    that trains on thousands per second."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    gpu = torch.device("cuda", 0)
+    assert images.num_workers(gpu) == 8
+    assert images.num_workers(CPU) == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
+    assert images.num_workers(gpu) == 1
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert images.num_workers(gpu) == 16
 
 
 def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from experiments import models, planning
+from experiments import models, planning, runner, tasks
 from experiments.errors import ExperimentError
+from experiments.hardware import Hardware
 from experiments.models import pretrained
 from experiments.planning import LiveBytes
 from experiments.runner import execute
@@ -46,6 +47,49 @@ def test_instruction_tuning_of_the_larger_llama_is_planned_without_hub_or_gpu(
     printed = capsys.readouterr().out
     for words in ("13,015,864,320 parameters", "24,670 examples", "3 epochs = 2310 steps"):
         assert words in printed
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "open_platypus", "mnli", "imagenet"])
+def test_the_checkpoints_of_a_run_at_paper_scale_take_minutes_not_hours(
+    composed: Compose, task: str
+) -> None:
+    """Llama-2-7B wrote one of 19 to 38 GiB every 25 steps: 1.7 to 3.4 TiB in all."""
+    config = composed(f"task={task}", *PAPER[1:], f"dataset.root={task}")
+    plan = planning.make(config)
+    num_checkpoints = -(-plan.num_steps // config.training.checkpoint_every_steps)
+    assert num_checkpoints * (plan.param_bytes + plan.adamw_state_bytes) < 2**39
+    assert num_checkpoints > 5
+
+
+@pytest.mark.parametrize(
+    ("choice", "gib", "needed"),
+    [
+        (("model=llama2_13b", "optimizer=adamw"), 79, "96.98 GiB"),
+        (("model=llama2_7b", "optimizer=adamw"), 79, None),
+        (("model=llama2_13b",), 79, None),
+        (("model=llama2_7b", "hardware=rtx3090"), 23, None),
+        (("model=llama2_7b", "hardware=rtx3090", "optimizer=adam8bit"), 23, "37.85 GiB"),
+        (("model=llama2_13b", "optimizer=adamw", "hardware.parallel=fsdp2"), 79, None),
+    ],
+)
+def test_what_no_gpu_of_that_size_has_room_for_is_refused_before_anything_is_loaded(
+    composed: Compose,
+    monkeypatch: pytest.MonkeyPatch,
+    choice: tuple[str, ...],
+    gib: int,
+    needed: str | None,
+) -> None:
+    """It was evaluated first, and failed in its first step."""
+    config = composed(*PAPER, *choice)
+    monkeypatch.setattr(Hardware, "total_bytes", lambda _: gib * 2**30)
+    machine = Hardware(torch.device("cpu"), "bf16")
+    task = tasks.chosen(config)
+    if needed is None:
+        runner._require_room(task, config, machine)
+    else:
+        words = rf"optimizer={config.optimizer.name}: .* take {needed}, more than the GPU.s {gib}"
+        with pytest.raises(ExperimentError, match=words):
+            runner._require_room(task, config, machine)
 
 
 def test_at_paper_scale_a_folder_that_lacks_a_split_is_passed_over_for_the_hub(

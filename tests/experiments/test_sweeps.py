@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from experiments.runs import reading
+from run import Sweep
 from tests.experiments.helpers import ROOT
 
 SHORT = ("scale=smoke", "hardware=cpu", "training.max_steps=2", "evaluation.harness={}")
@@ -67,3 +74,27 @@ def test_a_sweep_whose_results_cannot_be_written_says_where_in_a_line(tmp_path: 
         assert message.startswith(f"error: {folder}/sweeps/")
         assert "could not be written" in message
     assert file.read_text() == "mine"
+
+
+def test_a_failed_job_leaves_no_memory_to_the_jobs_after_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hydra kept the exception: one job that ran out of GPU memory made all others run out, too."""
+    weights: list[weakref.ref[torch.nn.Module]] = []
+
+    def job() -> None:
+        model = torch.nn.Linear(8, 8)
+        weights.append(weakref.ref(model))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    returned = JobReturn(status=JobStatus.FAILED)
+    try:
+        job()
+    except torch.OutOfMemoryError as error:
+        returned.return_value = error
+    hydra = {"mode": RunMode.MULTIRUN, "job": {"num": 0}, "sweep": {"dir": str(tmp_path)}}
+    config = OmegaConf.create({"hydra": {**hydra, "overrides": {"task": ["seed=1"]}}})
+    Sweep().on_job_end(config, returned)
+    gc.collect()
+    assert weights[0]() is None
+    assert "job 0 failed: OutOfMemoryError: CUDA out of memory" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -400,6 +402,36 @@ def test_another_optimizer_of_released_parameters_is_refused_until_the_first_let
         enable_gradient_release(model, second)
 
 
+def test_a_model_that_is_no_longer_used_is_freed_with_its_optimizers_state() -> None:
+    """The hooks of its parameters kept both until the process ended: the next one did not fit."""
+    run = Run().released().train(range(2))
+    kept = [weakref.ref(p) for p in run.model.parameters()]
+    kept += [weakref.ref(state["error"]) for state in run.optimizer.state.values()]
+    del run
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * len(kept)
+
+
+def test_the_handle_need_not_be_kept_and_ends_with_the_optimizer() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(70, 3)
+    before = model.weight.detach().clone()
+    optimizer = MicroAdam(model.parameters())
+    enable_gradient_release(model, optimizer)
+    gc.collect()
+    model(torch.ones(2, 70)).sum().backward()
+    optimizer.step()
+    moved = model.weight.detach().clone()
+    assert not torch.equal(moved, before)
+    del optimizer
+    gc.collect()
+    model(torch.ones(2, 70)).sum().backward()
+    assert torch.equal(model.weight, moved)
+    assert torch.equal(model.bias.grad, torch.full((3,), 2.0))
+    model.zero_grad()
+    enable_gradient_release(model, MicroAdam(model.parameters()))
+
+
 def test_a_gradient_of_another_dtype_is_released() -> None:
     released, plain = (nn.Linear(70, 3, dtype=torch.bfloat16) for _ in range(2))
     plain.load_state_dict(released.state_dict())
@@ -417,7 +449,8 @@ def test_a_gradient_of_another_dtype_is_released() -> None:
 
 def test_a_sparse_gradient_is_refused() -> None:
     embedding = nn.Embedding(10, 4, sparse=True)
-    enable_gradient_release(embedding, MicroAdam(embedding.parameters()))
+    optimizer = MicroAdam(embedding.parameters())
+    enable_gradient_release(embedding, optimizer)
     with pytest.raises(RuntimeError, match="is sparse"):
         embedding(torch.tensor([1])).sum().backward()
 
@@ -427,6 +460,7 @@ def test_a_parameter_that_the_backward_pass_still_needs_is_an_error_not_a_wrong_
     weight = nn.Parameter(torch.eye(8))
     other = nn.Parameter(torch.ones(8))
     parameters = nn.ParameterList([weight, other])
-    enable_gradient_release(parameters, MicroAdam(parameters.parameters()))
+    optimizer = MicroAdam(parameters.parameters())
+    enable_gradient_release(parameters, optimizer)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (weight @ (weight.detach() @ other)).sum().backward()

@@ -41,6 +41,26 @@ def test_no_more_than_the_limit_run_and_share_the_cores(
     )
 
 
+def test_each_gets_a_gpu_of_its_own_where_there_are_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them used the first, and the others stood idle."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: A100 (UUID: a)'\necho 'GPU 1: A100 (UUID: b)'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    shown = python("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+    for expected in ("01", "57"):
+        with Jobs(2, tmp_path) as jobs:
+            for i in range(2):
+                jobs.start(shown, tmp_path / f"{i}.log")
+            wait_for_all(jobs)
+        seen = [(tmp_path / f"{i}.log").read_text().strip() for i in range(2)]
+        assert seen == [*expected]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+
+
 def test_a_failure_is_told_with_its_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Jobs(None, tmp_path) as jobs:
         jobs.start(python("raise ValueError(3)"), tmp_path / "a.log")

@@ -427,6 +427,14 @@ def test_a_launcher_gets_the_runs_of_a_row_as_one_sweep(tmp_path: Path) -> None:
     assert command[4:] == ["task=mnli", "optimizer.lr=0.0001,0.001", "seed=42"]
 
 
+def test_a_job_on_a_cluster_is_queued_again_at_its_time_limit() -> None:
+    """Submitit's limit is an hour, unless SBATCH_TIMELIMIT is set, and its jobs fail there."""
+    grid = Cell("m", "o", ("task=mnli",), record()["config"], (1e-4,), (42,))
+    options = script.arguments(["table1", "--launcher", "submitit_slurm"])
+    command = script._command(planning.state_of(grid, []).missing, options)
+    assert command[3:5] == ["hydra/launcher=submitit_slurm", "hydra.launcher.max_num_timeout=1000"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "at_start", "elapsed_s", "text"),
     [
