@@ -103,7 +103,6 @@ def _run(
     torch.manual_seed(config.seed)
     chosen_task = tasks.chosen(config)
     optimizers.check(config.optimizer)
-    _require_room(chosen_task, config, machine)
     if is_first:
         run.start(config)
         print(f"loading {config.dataset.name} and {config.model.title}", flush=True)
@@ -114,6 +113,7 @@ def _run(
         "source, and give every process the same files"
     )
     require(len(set(found)) == 1, "dataset.source", config.dataset.source, remedy)
+    _require_room(task.model, config, machine)
     if config.hardware.activation_checkpointing:
         activations.enable_checkpointing(task.model, config.hardware)
     parallel = Parallel(task, config, machine)
@@ -153,15 +153,14 @@ def _run(
     return record
 
 
-def _require_room(task: type[tasks.Task], config: RunConfig, machine: Hardware) -> None:
-    """Rejects what the GPU has no room for even without activations, before anything is loaded.
+def _require_room(model: torch.nn.Module, config: RunConfig, machine: Hardware) -> None:
+    """Rejects what the GPU has no room for even without activations.
 
     Otherwise its memory would run out in the first step, after the model's first evaluation.
     """
     available = machine.total_bytes()
     if available is None or config.hardware.parallel == "fsdp2":
         return
-    model = task.plan_model(config, machine.param_dtype)
     weight_bytes = sum(p.nbytes for p in model.parameters())
     needed = weight_bytes + config.optimizer.state_bytes(model)
     if not config.training.gradient_release:

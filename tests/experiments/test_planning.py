@@ -72,7 +72,7 @@ def test_the_checkpoints_of_a_run_at_paper_scale_take_minutes_not_hours(
         (("model=llama2_13b", "optimizer=adamw", "hardware.parallel=fsdp2"), 79, None),
     ],
 )
-def test_what_no_gpu_of_that_size_has_room_for_is_refused_before_anything_is_loaded(
+def test_what_no_gpu_of_that_size_has_room_for_is_refused_before_the_first_evaluation(
     composed: Compose,
     monkeypatch: pytest.MonkeyPatch,
     choice: tuple[str, ...],
@@ -83,13 +83,13 @@ def test_what_no_gpu_of_that_size_has_room_for_is_refused_before_anything_is_loa
     config = composed(*PAPER, *choice)
     monkeypatch.setattr(Hardware, "total_bytes", lambda _: gib * 2**30)
     machine = Hardware(torch.device("cpu"), "bf16")
-    task = tasks.chosen(config)
+    model = tasks.chosen(config).plan_model(config, machine.param_dtype)
     if needed is None:
-        runner._require_room(task, config, machine)
+        runner._require_room(model, config, machine)
     else:
         words = rf"optimizer={config.optimizer.name}: .* take {needed}, more than the GPU.s {gib}"
         with pytest.raises(ExperimentError, match=words):
-            runner._require_room(task, config, machine)
+            runner._require_room(model, config, machine)
 
 
 def test_at_paper_scale_a_folder_that_lacks_a_split_is_passed_over_for_the_hub(
