@@ -23,7 +23,7 @@ SHORT = ("scale=smoke", "hardware=cpu", "training.max_steps=2", "evaluation.harn
 
 
 def _interrupted(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
