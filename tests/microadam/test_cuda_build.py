@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.microadam.cuda_source import NVCC
+from tests.microadam.cuda_source import KERNEL, NVCC
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "csrc/cuda"
 
 # setup.py, on a machine that claims to have a Hopper.
 SETUP_WITH_A_GPU = """
@@ -85,8 +84,8 @@ def test_kernels_compile_without_warnings_and_spills(architecture: str, tmp_path
     if f"sm_{architecture}" not in known.stdout.split():
         pytest.skip(f"this nvcc knows no sm_{architecture}")
     command = [NVCC, "-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{architecture}"]
-    command += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v"]
-    command += ["-c", str(SOURCES / "kernel.cu"), "-o", str(tmp_path / "kernel.o")]
+    command += ["-Werror=all-warnings", "-Xptxas=-v"]
+    command += ["-cubin", str(KERNEL), "-o", str(tmp_path / "kernel.cubin")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     num_spilled_bytes = re.findall(r"(\d+) bytes spill", result.stderr)
