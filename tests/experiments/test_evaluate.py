@@ -59,6 +59,15 @@ def test_a_run_evaluated_as_it_trains_is_the_same_run(
     assert record["metrics"]["time/evaluation_s"] == pytest.approx(sum(times))
 
 
+def assert_a_fresh_run_ends_like_it(config: RunConfig) -> None:
+    """A run of 8 steps that was interrupted, and evaluated after every third."""
+    resumed, evaluations = outcome(config), _record(config)["evaluations"]
+    execute(dataclasses.replace(config, force=True))
+    assert outcome(config) == resumed
+    assert _record(config)["evaluations"] == evaluations
+    assert [evaluation["step"] for evaluation in evaluations] == [3, 6]
+
+
 def test_its_evaluations_outlive_an_interruption(
     composed: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,11 +78,7 @@ def test_its_evaluations_outlive_an_interruption(
         with pytest.raises(KeyboardInterrupt):
             execute(config)
     execute(config)
-    resumed, evaluations = outcome(config), _record(config)["evaluations"]
-    execute(dataclasses.replace(config, force=True))
-    assert outcome(config) == resumed
-    assert _record(config)["evaluations"] == evaluations
-    assert [evaluation["step"] for evaluation in evaluations] == [3, 6]
+    assert_a_fresh_run_ends_like_it(config)
 
 
 def test_a_signal_ends_an_evaluation_between_steps_at_once(
@@ -94,11 +99,7 @@ def test_a_signal_ends_an_evaluation_between_steps_at_once(
     assert ended.value.code == 75
     assert [m["step"] for m in RunFolder(config).metrics()] == [1, 2, 3]
     execute(config)  # evaluates step 3 before it goes on
-    resumed, evaluations = outcome(config), _record(config)["evaluations"]
-    execute(dataclasses.replace(config, force=True))
-    assert outcome(config) == resumed
-    assert _record(config)["evaluations"] == evaluations
-    assert [evaluation["step"] for evaluation in evaluations] == [3, 6]
+    assert_a_fresh_run_ends_like_it(config)
 
 
 def test_broken_weights_are_not_evaluated_as_a_run_trains(
